@@ -1,0 +1,99 @@
+"""Folders that are either whole or not there: written beside, checksummed, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from crosslayer.errors import UserError
+
+CHECKSUMS = "checksums.json"
+
+
+@contextmanager
+def new_folder(target: Path, marker: str) -> Iterator[Path]:
+    """A scratch folder that becomes `target` when the block ends well, and disappears when it does not.
+
+    The files in it are checksummed into `checksums.json`. An existing `target` is replaced only if it is empty or
+    holds the file `marker`, which tells that it is a folder of the same kind.
+
+    Raises:
+        UserError: `target` exists and is something else.
+    """
+    target = target.absolute()
+    if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
+        raise UserError(f"{target}: exists and is not a folder with a {marker}; choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch
+        sums = {file.name: sha256(file) for file in sorted(scratch.iterdir())}
+        write_json(scratch / CHECKSUMS, sums)
+        for file in scratch.iterdir():
+            _flush(file)
+        scratch.chmod(0o755)
+        if target.exists():
+            old = scratch.with_name(scratch.name + ".old")
+            target.rename(old)
+            scratch.rename(target)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Compare every file named in the folder's `checksums.json`, if it has one, with its SHA-256.
+
+    Raises:
+        UserError: a file is missing or its content has changed.
+    """
+    listing = folder / CHECKSUMS
+    if not listing.exists():
+        return
+    for name, expected in read_json(listing).items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing, though {CHECKSUMS} lists it")
+        if sha256(file) != expected:
+            raise UserError(f"{file}: damaged or changed since it was saved (its SHA-256 differs from {CHECKSUMS})")
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError names the file where it is missing, broken, or something else."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: want a JSON object")
+    return data
+
+
+def write_json(file: Path, data: Any) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file, or a folder's list of names, is on the disk before we go on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,235 @@
+"""The Transformer: a pre-norm decoder (RMSNorm, RoPE, SwiGLU) in which layers may read each other's keys and values.
+
+One forward pass serves training, evaluation and inference. Parameters have the names of a Llama checkpoint. Keys and
+values pass from block to block as plain tensors, keys already rotated, so that activation checkpointing, sharding,
+compilation and pipeline cuts see them.
+
+Dimensions: B batch, T new tokens, S tokens that may be seen, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crosslayer.errors import UserError
+from crosslayer.model.attention import Mask, attend, causal_mask
+from crosslayer.model.cache import CacheStep, ContiguousCache
+from crosslayer.model.rope import apply_rope, rope_tables
+from crosslayer.plan import ModelConfig
+
+RopeTables = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Attention of one layer: its own queries, and keys and values that are its own or a lower layer's."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        plan = config.plan
+
+        def projection(heads: int) -> nn.Linear:
+            return nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias)
+
+        def head_norm() -> nn.RMSNorm | None:
+            return nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+
+        self.q_proj = projection(config.num_attention_heads)
+        self.k_proj = projection(config.num_key_value_heads) if plan.owns_keys(layer) else None
+        self.v_proj = projection(config.num_key_value_heads) if plan.owns_values(layer) else None
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=config.attention_output_bias,
+        )
+        self.q_norm = head_norm()
+        self.k_norm = head_norm() if plan.owns_keys(layer) else None
+
+    def forward(
+        self,
+        q_input: Tensor,
+        kv_input: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        rope: RopeTables,
+        mask: Mask,
+        step: CacheStep | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend with given keys and values [B, G, S, D], making those that are None; return output, k and v."""
+        q = self._heads(self.q_proj(q_input), self.q_norm, rope).transpose(1, 2)
+        if self.k_proj is not None:
+            k = self._heads(self.k_proj(kv_input), self.k_norm, rope).transpose(1, 2)
+            k = k if step is None else step.append(step.cache.keys[self.layer], k)
+        if self.v_proj is not None:
+            v = self._split(self.v_proj(kv_input)).transpose(1, 2)
+            v = v if step is None else step.append(step.cache.values[self.layer], v)
+        assert k is not None
+        assert v is not None
+        output = attend(q, k.to(q.dtype), v.to(q.dtype), mask).transpose(1, 2).flatten(-2)
+        return self.o_proj(output), k, v
+
+    def _split(self, projected: Tensor) -> Tensor:
+        """[B, T, heads * D] as [B, T, heads, D]."""
+        return projected.view(*projected.shape[:-1], -1, self.head_dim)
+
+    def _heads(self, projected: Tensor, norm: nn.RMSNorm | None, rope: RopeTables) -> Tensor:
+        """Split [B, T, heads * D] into rotated heads [B, T, heads, D]."""
+        heads = self._split(projected)
+        return apply_rope(heads if norm is None else norm(heads), *rope)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class Block(nn.Module):
+    """One layer. Keys and values come in where a lower layer made them, and go out for the layers above."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+        self.input_layernorm = norm()
+        # Owners of a shared slot normalise their input a second time, with a gain of its own (arXiv 2405.12981).
+        self.kv_layernorm = norm() if config.has_kv_norm(layer) else None
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        rope: RopeTables,
+        mask: Mask,
+        step: CacheStep | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q_input = self.input_layernorm(x)
+        kv_input = q_input if self.kv_layernorm is None else self.kv_layernorm(x)
+        attended, k, v = self.self_attn(q_input, kv_input, k, v, rope, mask, step)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: ContiguousCache | None = None,
+        new_lengths: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, hidden_size] after the final norm; arguments as in `Transformer.forward`."""
+        plan, length, device = self.config.plan, input_ids.shape[1], input_ids.device
+        step: CacheStep | None = None
+        masks: list[Mask]
+        if cache is None:
+            positions = torch.arange(length, device=device)[None]
+            by_window = {window: causal_mask(length, window, document_ids, device) for window in set(plan.windows)}
+            masks = [by_window[window] for window in plan.windows]
+        else:
+            if document_ids is not None:
+                raise UserError("packed documents (document_ids) cannot be combined with a cache")
+            step = cache.begin(length, new_lengths, device)
+            positions = step.positions
+            masks = [
+                step.mask(window, cache.keys[source].shape[2])
+                for window, source in zip(plan.windows, plan.key_sources, strict=True)
+            ]
+
+        rope = rope_tables(self.config, positions)
+        x = self.embed_tokens(input_ids)
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.layers):
+            key_source, value_source = plan.key_sources[layer], plan.value_sources[layer]
+            inputs = (x, keys.get(key_source), values.get(value_source), rope, masks[layer], step)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, k, v = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, k, v = block(*inputs)
+            keys[key_source], values[value_source] = k, v
+            if plan.key_slots[key_source].readers[-1] == layer:
+                del keys[key_source]
+            if plan.value_slots[value_source].readers[-1] == layer:
+                del values[value_source]
+        if cache is not None and step is not None:
+            cache.advance(step)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+
+class Transformer(nn.Module):
+    """A language model built from a ModelConfig, with weights drawn from N(0, initializer_range²).
+
+    Raises:
+        UserError: the plan has a layer that reads a layer above itself.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if below := config.plan.readers_below_owner:
+            raise UserError(
+                f"layer {below[0]} reads keys or values of a layer above it, which do not exist yet when it runs; "
+                "such plans (Layer-Condensed KV) need several passes per step and cannot be built here"
+            )
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all matrices from N(0, initializer_range²); gains become 1 and biases 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: ContiguousCache | None = None,
+        new_lengths: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab_size] for token ids [B, T].
+
+        With a `cache`, the tokens continue each row; rows that bring fewer than T tokens say so in `new_lengths` [B],
+        and what follows is ignored. With `document_ids` [B, T], tokens attend only within their own document.
+        """
+        hidden = self.model(input_ids, cache=cache, new_lengths=new_lengths, document_ids=document_ids)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
