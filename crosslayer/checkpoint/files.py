@@ -87,7 +87,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, data: Any) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    """Write JSON so that `file` is at every moment absent, the old one, or the whole new one."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    beside.replace(file)
 
 
 def _flush(path: Path) -> None:

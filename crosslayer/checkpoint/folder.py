@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,21 +18,22 @@ from crosslayer.plan import ModelConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
 SHARD_BYTES = 5_000_000_000
 
 
+class SavesToFolder(Protocol):
+    """A tokenizer, as far as this room knows one."""
+
+    def save(self, folder: Path, /) -> None: ...
+
+
 def save(
-    model: Transformer,
-    folder: str | Path,
-    *,
-    tokenizer_file: Path | None = None,
-    dtype: torch.dtype | None = None,
+    model: Transformer, folder: str | Path, *, tokenizer: SavesToFolder | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Write a model folder, replacing an earlier one in one step.
 
     An unshared model of a shape that Llama, Mistral, Qwen2 or Qwen3 can express is written as that model. Weights are
-    stored as `dtype`, or as they are. `tokenizer_file` is copied in as tokenizer.json.
+    stored as `dtype`, or as they are. A `tokenizer` puts its own files beside them.
 
     Raises:
         UserError: `folder` exists and is not a model folder.
@@ -56,8 +57,8 @@ def save(
                 places |= dict.fromkeys(shard, name)
             size = sum(tensor.nbytes for tensor in state.values())
             write_json(scratch / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, scratch / TOKENIZER)
+        if tokenizer is not None:
+            tokenizer.save(scratch)
 
 
 def load(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -79,7 +80,7 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     state: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         for name, tensor in _read(file):
-            if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
+            if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
                 continue  # some checkpoints store these although they follow from the rest
             if name not in wanted:
                 raise UserError(f"{file}: tensor {name} has no place in this model{_reason(config, name)}")

@@ -22,6 +22,7 @@ class ContiguousCache:
 
     `keys[owner]` and `values[owner]` are [B, G, C, D], with C = min(max_length, largest window of the slot's readers);
     the token at position p is stored at p mod C. `lengths` [B] (int64, on the CPU) counts the tokens in each row.
+    What is stored carries no gradient: a cache is for inference.
 
     Raises:
         UserError: a layer reads keys and values that are kept for different numbers of tokens.
@@ -64,17 +65,23 @@ class ContiguousCache:
         """Bytes allocated for keys and values."""
         return sum(buffer.nbytes for buffer in (*self.keys.values(), *self.values.values()))
 
-    def begin(self, num_tokens: int, new_lengths: Tensor | None, device: torch.device) -> CacheStep:
-        """Prepare to append: `num_tokens` columns come in, of which row b uses its first new_lengths[b] (default all).
+    def begin(self, input_ids: Tensor, new_lengths: Tensor | None) -> CacheStep:
+        """Prepare to append tokens [B, T], of which row b uses its first new_lengths[b] (default all).
 
         Raises:
-            UserError: a row would outgrow `max_length`.
+            UserError: `input_ids` has another number of rows than the cache, `new_lengths` does not fit it, or a row
+                would outgrow `max_length`.
         """
+        (rows, num_tokens), batch_size = input_ids.shape, len(self.lengths)
+        if rows != batch_size:
+            raise UserError(f"the cache has {batch_size} rows, but input_ids has {rows}")
         new = torch.full_like(self.lengths, num_tokens) if new_lengths is None else new_lengths.cpu().long()
+        if new.shape != self.lengths.shape or new.min() < 0 or new.max() > num_tokens:
+            raise UserError(f"new_lengths must be {rows} numbers from 0 to {num_tokens}, got {new.tolist()}")
         longest = int((self.lengths + new).max())
         if longest > self.max_length:
             raise UserError(f"the cache holds {self.max_length} tokens a row, but a row would need {longest}")
-        return CacheStep(self, num_tokens, self.lengths, new, device)
+        return CacheStep(self, num_tokens, self.lengths, new, input_ids.device)
 
     def advance(self, step: CacheStep) -> None:
         """Count the tokens of a finished step."""
@@ -112,7 +119,7 @@ class CacheStep:
             # The ring forgets its oldest tokens while the first of the new ones still look at them.
             seen = torch.cat((buffer, fresh.to(buffer.dtype)), dim=2)
         rows, columns, places = self._write_indices(capacity)
-        buffer[rows, :, places] = fresh[rows, :, columns].to(buffer.dtype)
+        buffer[rows, :, places] = fresh.detach()[rows, :, columns].to(buffer.dtype)
         if not self.first and not self._is_ring(capacity):
             seen = buffer[:, :, : self.span]
         return seen
@@ -130,7 +137,6 @@ class CacheStep:
         if self._is_ring(capacity):
             newest = self.old[:, None] - 1
             stored = newest - (newest - torch.arange(capacity)) % capacity  # negative where nothing is stored yet
-            stored = torch.where(newest >= 0, stored, -1)
             keys = torch.cat((stored, self._positions), dim=1)
         else:
             keys = torch.arange(self.span)[None]

@@ -23,14 +23,18 @@ def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, T, heads, D] by the tables of `rope_tables`, pairing component i with i + D/2 as Llama does."""
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)  # the float32 tables lift bfloat16 to float32
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def _frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
-    """Radians per position for each of the D/2 pairs, and the factor on cos and sin."""
+    """Radians per position for each of the D/2 pairs, and the factor on cos and sin.
+
+    The order of operations is that of transformers, in which most checkpoints are made: at position 100 000 a
+    frequency that differs in its last bit alone turns a pair by 0.005 more.
+    """
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    plain = config.rope_theta**-exponents
+    plain = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
         return plain, 1.0
@@ -62,16 +66,15 @@ def _yarn(plain: Tensor, config: ModelConfig, scaling: RopeScaling) -> tuple[Ten
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
     pairs = torch.arange(config.head_dim // 2, device=plain.device, dtype=torch.float32)
-    interpolate = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    keep = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
 
     def sharpening(mscale: float) -> float:
         return 0.1 * mscale * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
 
     amplitude = scaling.attention_factor
     if amplitude is None:
-        amplitude = sharpening(scaling.mscale or 1.0)
         if scaling.mscale and scaling.mscale_all_dim:
-            amplitude /= sharpening(scaling.mscale_all_dim)
+            amplitude = sharpening(scaling.mscale) / sharpening(scaling.mscale_all_dim)
         else:
             amplitude = sharpening(1.0)
-    return torch.lerp(plain, plain / scaling.factor, interpolate), amplitude
+    return plain / scaling.factor * (1 - keep) + plain * keep, amplitude

@@ -9,6 +9,8 @@ Dimensions: B batch, T new tokens, S tokens that may be seen, H query heads, G k
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -157,7 +159,7 @@ class Decoder(nn.Module):
         else:
             if document_ids is not None:
                 raise UserError("packed documents (document_ids) cannot be combined with a cache")
-            step = cache.begin(length, new_lengths, device)
+            step = cache.begin(input_ids, new_lengths)
             positions = step.positions
             masks = [
                 step.mask(window, cache.keys[source].shape[2])
@@ -171,7 +173,7 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.layers):
             key_source, value_source = plan.key_sources[layer], plan.value_sources[layer]
             inputs = (x, keys.get(key_source), values.get(value_source), rope, masks[layer], step)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and step is None and torch.is_grad_enabled():
                 x, k, v = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, k, v = block(*inputs)
@@ -193,7 +195,7 @@ class Transformer(nn.Module):
         UserError: the plan has a layer that reads a layer above itself.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         if below := config.plan.readers_below_owner:
             raise UserError(
@@ -205,17 +207,22 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.reset_parameters()
+        self.reset_parameters(seed)
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all matrices from N(0, initializer_range²); gains become 1 and biases 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Draw all matrices from N(0, initializer_range²); gains become 1 and biases 0.
+
+        Each matrix depends on the seed and its own name only, so designs that differ in their plan start from the
+        same weights wherever they have the same matrices.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+                drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                parameter.copy_(drawn.normal_(std=self.config.initializer_range, generator=generator))
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def forward(
         self,

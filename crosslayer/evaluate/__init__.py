@@ -1,0 +1,5 @@
+"""Measuring a model: loss on held-out text."""
+
+from crosslayer.evaluate.perplexity import Score, score
+
+__all__ = ["Score", "score"]

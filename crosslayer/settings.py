@@ -1,0 +1,157 @@
+"""Config files: YAML or TOML plus key=value overrides, read strictly into dataclasses.
+
+Every key must be a field of the dataclass it lands in and every value must have the field's type; anything else is an
+error that names the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from crosslayer.errors import UserError
+
+T = TypeVar("T")
+
+
+def load_settings(cls: type[T], file: Path | None, overrides: Iterable[str] = ()) -> T:
+    """Read `file` (none: every default), apply overrides such as `train.learning_rate=1e-3`, and build a `cls`.
+
+    Raises:
+        UserError: the file is missing or malformed, or a key or value does not fit; one line that names it.
+    """
+    data = _read(file) if file is not None else {}
+    for override in overrides:
+        _override(data, override)
+    return from_mapping(cls, data)
+
+
+def from_mapping(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """Build a dataclass from nested mappings. `where` is the dotted place of `data`, for messages.
+
+    Raises:
+        UserError: an unknown key, a missing one, or a value of the wrong type.
+    """
+    assert dataclasses.is_dataclass(cls)
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for key in data:
+        if key not in known:
+            raise unknown_key(key, known, where)
+    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in data.items()}
+    for name, field in known.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"config: {where}{name} is missing")
+    try:
+        return typing.cast(T, cls(**values))
+    except UserError as error:
+        raise UserError(f"config: {where.rstrip('.')}: {error}" if where else f"config: {error}") from None
+
+
+def unknown_key(key: object, known: Iterable[str], where: str = "") -> UserError:
+    """The error for a key that is not among `known`, naming the nearest one."""
+    known = list(known)
+    near = get_close_matches(str(key), known, n=1, cutoff=0.5)
+    hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+    return UserError(f"config: unknown key {where}{key}; {hint}")
+
+
+def to_mapping(settings: Any) -> dict[str, Any]:
+    """The dataclass as plain nested mappings that `from_mapping` reads back."""
+    return {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from None
+    if data is not None and not isinstance(data, dict):
+        raise UserError(f"{file}: want a mapping of settings, got {type(data).__name__}")
+    return data or {}
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    import yaml
+
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {override!r}: want key=value, such as train.learning_rate=1e-3")
+    *sections, last = path.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: {section} is not a section")
+    try:
+        data[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a value") from None
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the type `hint`, or an error that says what the type wants."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(option, value, name)
+            except UserError:
+                continue
+        return _convert(options[-1], value, name)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UserError(f"config: {name} must be one of {', '.join(map(str, arguments))}; got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_mapping(typing.cast(type, hint), value, f"{name}.")
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        items = (_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+        return tuple(items) if origin is tuple else list(items)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)  # also "1e-3", which YAML 1.1 reads as text
+        except (TypeError, ValueError):
+            pass
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(wanted, wanted)
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        wanted = "a section of settings"
+    elif origin in (tuple, list):
+        wanted = "a list"
+    raise UserError(f"config: {name} must be {wanted}, got {value!r}")

@@ -1,0 +1,129 @@
+"""What a training run is: a model, a corpus, and a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from crosslayer.data import DataConfig
+from crosslayer.errors import UserError
+from crosslayer.plan import ModelConfig, RopeScaling
+from crosslayer.plan.presets import PRESETS, parse_design
+from crosslayer.settings import from_mapping, unknown_key
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are the paper's (arXiv 2405.12981, section 4) but for the size of a run.
+
+    `tokens` is the budget; `batch_size` counts sequences per optimizer step, of which `micro_batch_size` go through
+    the model at a time (default: all). The rate rises over the first `warmup_ratio` of the steps and falls along a
+    cosine to `final_ratio` of its peak. Weight decay applies to matrices only. `precision` auto is bf16 on CUDA and
+    fp32 elsewhere. `mask_documents` keeps packed documents from seeing each other. `eval_every` and
+    `checkpoint_every` count steps; 0 means only at the end. Evaluations during the run use `eval_tokens` of the
+    held-out text, the last one all of it.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    tokens: int = 1_000_000
+    sequence_length: int = 256
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    learning_rate: float = 3e-4
+    warmup_ratio: float = 0.05
+    final_ratio: float = 0.1
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    mask_documents: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    eval_every: int = 0
+    eval_tokens: int = 100_000
+    checkpoint_every: int = 0
+    log_every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "sequence_length", "batch_size", "log_every", "eval_tokens"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "checkpoint_every", "weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "final_ratio"):
+            _require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"betas must be two numbers from 0 up to 1, got {list(self.betas)}",
+        )
+        micro = self.micro_batch_size
+        _require(
+            micro is None or (micro >= 1 and self.batch_size % micro == 0),
+            f"micro_batch_size must divide batch_size {self.batch_size}, got {micro}",
+        )
+        _require(
+            self.steps >= 1,
+            f"tokens ({self.tokens}) must cover at least one batch of {self.batch_size} x {self.sequence_length}",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.tokens_per_step
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. `model` holds `preset` or the fields of ModelConfig, and `design`, a name from the paper or a
+    plan, applied to that shape; the vocabulary and the end-of-text id come from the tokenizer."""
+
+    model: dict[str, Any]
+    data: DataConfig = field(default_factory=DataConfig)
+    train: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        # Checks the model's settings before any work is done; the vocabulary size is not known yet.
+        make_model_config(self.model, vocab_size=256, eos_token_id=None)
+
+
+def make_model_config(settings: dict[str, Any], *, vocab_size: int, eos_token_id: int | None) -> ModelConfig:
+    """The ModelConfig that the `model` section of a config describes.
+
+    `settings` may name a `preset`, any field of ModelConfig (laid over the preset), and a `design`.
+
+    Raises:
+        UserError: an unknown key or preset, a value that does not fit, or a vocab_size smaller than the tokenizer's.
+    """
+    derived = {"sharing_plan", "bos_token_id", "eos_token_id"}
+    known = [f.name for f in fields(ModelConfig) if f.name not in derived]
+    for key in settings:
+        if key not in (*known, "preset", "design"):
+            raise unknown_key(key, [*known, "preset", "design"], "model.")
+    shape = {key: value for key, value in settings.items() if key not in ("preset", "design")}
+    if (preset := settings.get("preset")) is not None:
+        if preset not in PRESETS:
+            raise unknown_key(preset, PRESETS, "model.preset ")
+        base = PRESETS[preset]
+        shape = {name: getattr(base, name) for name in known} | shape
+    # A matrix may have rows to spare (the paper's vocabulary is padded), but not too few.
+    shape.setdefault("vocab_size", vocab_size)
+    if isinstance(shape["vocab_size"], int) and shape["vocab_size"] < vocab_size:
+        raise UserError(f"config: model.vocab_size {shape['vocab_size']} is less than the tokenizer's {vocab_size}")
+    if isinstance(shape.get("rope_scaling"), dict):
+        shape["rope_scaling"] = from_mapping(RopeScaling, shape["rope_scaling"], "model.rope_scaling.")
+    config = from_mapping(ModelConfig, {**shape, "eos_token_id": eos_token_id}, "model.")
+    return parse_design(str(settings.get("design", "identity")), config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,102 @@
+"""Where a run's figures go: a progress line, metrics.jsonl, and TensorBoard where asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from crosslayer.errors import UserError
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `folder/metrics.jsonl`, from `first_step` on.
+
+    Lines of later steps, left by a run that was cut off after its last checkpoint, are dropped.
+
+    Raises:
+        UserError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
+        self._file = folder / "metrics.jsonl"
+        kept = [line for line in _lines(self._file) if line["step"] <= first_step]
+        scratch = self._file.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        scratch.replace(self._file)
+        self._tensorboard: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("train.tensorboard is on, but the package tensorboard is not installed") from None
+            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return list(_lines(folder / "metrics.jsonl"))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # the last line of a process that was killed while writing it
+            break
+    return lines
+
+
+class ProgressLine:
+    """One line that is rewritten on a terminal, and printed now and then where the output is a file."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, label: str, steps: int, stream: TextIO | None = None) -> None:
+        self._label = label
+        self._steps = steps
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._last = 0.0
+        self._width = 0
+
+    def show(self, step: int, *, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        now = time.monotonic()
+        if not self._live and step < self._steps and now - self._last < self.SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        text = (
+            f"{self._label}  step {step}/{self._steps}  loss {loss:.3f}  "
+            f"{tokens_per_second:,.0f} tokens/s  {_clock(seconds_left)} left"
+        )
+        padding = " " * (self._width - len(text))
+        self._width = len(text)
+        print(
+            f"\r{text}{padding}" if self._live else text, end="" if self._live else "\n", file=self._stream, flush=True
+        )
+
+    def close(self) -> None:
+        if self._live and self._width:
+            print(file=self._stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
