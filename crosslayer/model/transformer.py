@@ -218,7 +218,8 @@ class Transformer(nn.Module):
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+                # The CPU's generator heeds only the lower 32 bits of its seed.
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 drawn = torch.empty(parameter.shape, dtype=torch.float32)
                 parameter.copy_(drawn.normal_(std=self.config.initializer_range, generator=generator))
             else:

@@ -92,13 +92,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         # Checks the model's settings before any work is done; the vocabulary size is not known yet.
-        make_model_config(self.model, vocab_size=256, eos_token_id=None)
+        make_model_config(self.model, vocab_size=256, eos_token_id=None, context=self.train.sequence_length)
 
 
-def make_model_config(settings: dict[str, Any], *, vocab_size: int, eos_token_id: int | None) -> ModelConfig:
+def make_model_config(
+    settings: dict[str, Any], *, vocab_size: int, eos_token_id: int | None, context: int
+) -> ModelConfig:
     """The ModelConfig that the `model` section of a config describes.
 
-    `settings` may name a `preset`, any field of ModelConfig (laid over the preset), and a `design`.
+    `settings` may name a `preset`, any field of ModelConfig (laid over the preset), and a `design`. Unless they say
+    otherwise the vocabulary is the tokenizer's and max_position_embeddings is `context`.
 
     Raises:
         UserError: an unknown key or preset, a value that does not fit, or a vocab_size smaller than the tokenizer's.
@@ -116,6 +119,7 @@ def make_model_config(settings: dict[str, Any], *, vocab_size: int, eos_token_id
         shape = {name: getattr(base, name) for name in known} | shape
     # A matrix may have rows to spare (the paper's vocabulary is padded), but not too few.
     shape.setdefault("vocab_size", vocab_size)
+    shape.setdefault("max_position_embeddings", context)
     if isinstance(shape["vocab_size"], int) and shape["vocab_size"] < vocab_size:
         raise UserError(f"config: model.vocab_size {shape['vocab_size']} is less than the tokenizer's {vocab_size}")
     if isinstance(shape.get("rope_scaling"), dict):

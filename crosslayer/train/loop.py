@@ -82,10 +82,13 @@ class _Run:
         self.recipe: Recipe = self.config.train
         tokenizer = self.data.tokenizer
         self.device = choose_device(self.recipe.device)
-        self.model_config = make_model_config(
-            self.config.model, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id
+        model_config = make_model_config(
+            self.config.model,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_id=tokenizer.eos_id,
+            context=self.recipe.sequence_length,
         )
-        self.model = Transformer(self.model_config, seed=self.recipe.seed).to(self.device)
+        self.model = Transformer(model_config, seed=self.recipe.seed).to(self.device)
         self.model.model.activation_checkpointing = self.recipe.activation_checkpointing
         self.optimizer = make_optimizer(
             self.model,

@@ -1,0 +1,94 @@
+"""crosslayer generate"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from crosslayer.cli.common import add_device_argument, add_json_argument, load_model, write_json_output
+from crosslayer.errors import UserError
+
+HELP = "continue one prompt, streaming, or a file of prompts as a batch"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="FOLDER", help="model folder")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("prompt", nargs="?", help="the text to continue")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help='file with a prompt a line, or .jsonl with objects that have a "prompt"'
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... from those that make up P")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    add_device_argument(parser)
+    add_json_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    prompts = [arguments.prompt] if arguments.prompt is not None else _read_prompts(Path(arguments.prompts))
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be positive, got {arguments.max_new_tokens}")
+    model, tokenizer, _ = load_model(arguments.model, arguments.device)
+
+    from crosslayer.data import StreamDecoder
+    from crosslayer.model.generate import Sampling, generate, make_cache
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+    texts, counts = [""] * len(prompts), [0] * len(prompts)
+    streaming = len(prompts) == 1 and not arguments.json
+    if streaming:
+        print(prompts[0], end="", flush=True)
+    cache = make_cache(model, ids, arguments.max_new_tokens) if all(ids) else None
+    started = time.monotonic()
+    for tokens in generate(model, ids, max_new_tokens=arguments.max_new_tokens, sampling=sampling, cache=cache):
+        for row, token in enumerate(tokens):
+            if token is not None:
+                piece = decoders[row].push(token)
+                texts[row], counts[row] = texts[row] + piece, counts[row] + 1
+                if streaming:
+                    print(piece, end="", flush=True)
+    seconds = time.monotonic() - started
+    for row, decoder in enumerate(decoders):
+        texts[row] += (rest := decoder.flush())
+        if streaming:
+            print(rest)
+    if arguments.json:
+        rows = zip(prompts, texts, counts, strict=True)
+        write_json_output(arguments.json, [{"prompt": p, "text": t, "tokens": n} for p, t, n in rows])
+    if not streaming and arguments.json != "-":
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"--- {prompt}\n{text}")
+    assert cache is not None  # an empty prompt has raised by now
+    total = sum(counts)
+    print(
+        f"[{total} tokens, {total / seconds:,.0f} tokens/s, KV cache {cache.nbytes:,} bytes in "
+        f"{len(cache.keys)} of {model.config.num_hidden_layers} layers]",
+        file=sys.stderr,
+    )
+
+
+def _read_prompts(file: Path) -> list[str]:
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"--prompts {file}: {error.strerror}") from None
+    if not lines:
+        raise UserError(f"--prompts {file}: no prompts in it")
+    if file.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f'--prompts {file}: line {number} is not an object with a "prompt"') from None
+        prompts.append(str(prompt))
+    return prompts
