@@ -36,13 +36,17 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
         yield scratch
         sums = {file.name: sha256(file) for file in sorted(scratch.iterdir())}
         write_json(scratch / CHECKSUMS, sums)
-        for file in scratch.iterdir():
-            _flush(file)
+        for path in (*scratch.iterdir(), scratch):
+            _flush(path)
         scratch.chmod(0o755)
         if target.exists():
             old = scratch.with_name(scratch.name + ".old")
             target.rename(old)
-            scratch.rename(target)
+            try:
+                scratch.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
         else:
             scratch.rename(target)

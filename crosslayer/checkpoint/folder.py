@@ -19,6 +19,7 @@ from crosslayer.plan import ModelConfig
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 class SavesToFolder(Protocol):
@@ -119,14 +120,16 @@ def _weight_files(folder: Path) -> list[Path]:
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise UserError(f"{folder / INDEX}: weight_map is missing or is not a map to file names")
-        files = [folder / name for name in sorted(set(places.values()))]
+        names = sorted(set(places.values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(f"{folder / INDEX}: want the names of .safetensors files in the folder, got {name!r}")
     else:
-        files = [folder / WEIGHTS]
+        names = [WEIGHTS]
+    files = [folder / name for name in names]
     for file in files:
-        if file.parent != folder:
-            raise UserError(f"{folder / INDEX}: {file.name} lies outside the folder")
         if not file.exists():
-            pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)]
+            pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
             hint = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
             raise UserError(f"{file}: no such file{hint}")
     return files

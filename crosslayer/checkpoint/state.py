@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from crosslayer.checkpoint.files import check_folder, new_folder, read_json, write_json
+from crosslayer.checkpoint.files import CHECKSUMS, check_folder, new_folder, read_json, write_json
 from crosslayer.errors import UserError
 
 KEPT = 2
@@ -30,7 +30,13 @@ def save_state(
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     unique = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    with new_folder(folder / f"step-{step:08d}", "state.json") as scratch:
+    target = folder / f"step-{step:08d}"
+    for stale in folder.glob(".step-*"):  # half-written when the process was killed
+        shutil.rmtree(stale)
+    for damaged in _checkpoints(folder):  # passed over by load_state, or the run would be further on
+        if damaged.name >= target.name:
+            shutil.rmtree(damaged)
+    with new_folder(target, "state.json") as scratch:
         save_file(unique, scratch / "state.safetensors")
         write_json(scratch / "state.json", {"step": step, **progress})
     for old in _checkpoints(folder)[:-KEPT]:
@@ -44,6 +50,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     """
     for checkpoint in reversed(_checkpoints(folder)):
         try:
+            read_json(checkpoint / CHECKSUMS)
             check_folder(checkpoint)
             progress = read_json(checkpoint / "state.json")
         except UserError as error:

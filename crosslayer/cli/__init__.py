@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from crosslayer.cli import evaluate, generate, plan, train
 from crosslayer.errors import UserError
@@ -17,21 +19,31 @@ from crosslayer.version import __version__
 COMMANDS = {"plan": plan, "train": train, "generate": generate, "evaluate": evaluate}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="crosslayer", description="Transformers whose layers share their key/value cache."
-    )
+    parser = _Parser(prog="crosslayer", description="Transformers whose layers share their key/value cache.")
     parser.add_argument("--version", action="version", version=f"crosslayer {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        module.add_arguments(command)
-    arguments = parser.parse_args(argv)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parsers = {name: commands.add_parser(name, help=module.HELP) for name, module in COMMANDS.items()}
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name not in COMMANDS:
+        parser.parse_args([name])  # help, the version or an error: all of them end here
+    module, command = COMMANDS[name], parsers[name]
+    command.description = module.HELP
+    module.add_arguments(command)
+    arguments = command.parse_intermixed_args(rest)  # options may stand anywhere
+    warnings.formatwarning = lambda message, *_, **__: f"{command.prog}: warning: {message}\n"
     try:
-        COMMANDS[arguments.command].run(arguments)
+        module.run(arguments)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"crosslayer {arguments.command}: {error}", file=sys.stderr)
+        print(f"{command.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

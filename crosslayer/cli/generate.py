@@ -8,7 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-from crosslayer.cli.common import add_device_argument, add_json_argument, load_model, write_json_output
+from crosslayer.cli.common import (
+    add_device_argument,
+    add_json_argument,
+    check_json_argument,
+    load_model,
+    warn_beyond_context,
+    write_json_output,
+)
 from crosslayer.errors import UserError
 
 HELP = "continue one prompt, streaming, or a file of prompts as a batch"
@@ -16,9 +23,8 @@ HELP = "continue one prompt, streaming, or a file of prompts as a batch"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="FOLDER", help="model folder")
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("prompt", nargs="?", help="the text to continue")
-    prompts.add_argument(
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue")
+    parser.add_argument(
         "--prompts", metavar="FILE", help='file with a prompt a line, or .jsonl with objects that have a "prompt"'
     )
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
@@ -31,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    prompts = [arguments.prompt] if arguments.prompt is not None else _read_prompts(Path(arguments.prompts))
+    check_json_argument(arguments)
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UserError("want either a PROMPT or --prompts FILE")
+    prompts = [arguments.prompt] if arguments.prompts is None else _read_prompts(Path(arguments.prompts))
+    if not all(prompts):
+        raise UserError("the prompt is empty; give at least a character to continue")
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be positive, got {arguments.max_new_tokens}")
     model, tokenizer, _ = load_model(arguments.model, arguments.device)
@@ -43,10 +54,11 @@ def run(arguments: argparse.Namespace) -> None:
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
     texts, counts = [""] * len(prompts), [0] * len(prompts)
-    streaming = len(prompts) == 1 and not arguments.json
+    streaming = arguments.prompt is not None and not arguments.json
+    warn_beyond_context(model, max(map(len, ids)) + arguments.max_new_tokens)
+    cache = make_cache(model, ids, arguments.max_new_tokens)
     if streaming:
         print(prompts[0], end="", flush=True)
-    cache = make_cache(model, ids, arguments.max_new_tokens) if all(ids) else None
     started = time.monotonic()
     for tokens in generate(model, ids, max_new_tokens=arguments.max_new_tokens, sampling=sampling, cache=cache):
         for row, token in enumerate(tokens):
@@ -66,7 +78,6 @@ def run(arguments: argparse.Namespace) -> None:
     if not streaming and arguments.json != "-":
         for prompt, text in zip(prompts, texts, strict=True):
             print(f"--- {prompt}\n{text}")
-    assert cache is not None  # an empty prompt has raised by now
     total = sum(counts)
     print(
         f"[{total} tokens, {total / seconds:,.0f} tokens/s, KV cache {cache.nbytes:,} bytes in "
@@ -80,6 +91,8 @@ def _read_prompts(file: Path) -> list[str]:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"--prompts {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {file}: not UTF-8 at byte {error.start}") from None
     if not lines:
         raise UserError(f"--prompts {file}: no prompts in it")
     if file.suffix != ".jsonl":
@@ -88,7 +101,9 @@ def _read_prompts(file: Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
         try:
             prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f'--prompts {file}: line {number} is not an object with a "prompt"') from None
-        prompts.append(str(prompt))
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError(f'--prompts {file}: line {number} is not an object with a "prompt" that is text')
+        prompts.append(prompt)
     return prompts

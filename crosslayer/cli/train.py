@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crosslayer.cli.common import add_json_argument, add_settings_argument, split_settings, write_json_output
+from crosslayer.cli.common import (
+    add_json_argument,
+    add_settings_argument,
+    check_json_argument,
+    split_settings,
+    write_json_output,
+)
 from crosslayer.errors import UserError
 
 HELP = "train a model from a config file; the same command again continues where it stopped"
@@ -21,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     file, overrides = split_settings(arguments)
     if file is None:
         raise UserError("want a config file, such as configs/tiny.yaml")
+    check_json_argument(arguments)
 
     from crosslayer.data import prepare
     from crosslayer.settings import load_settings

@@ -31,7 +31,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -82,7 +82,7 @@ def score(
     was_training = model.training
     model.eval()
     total_loss, tokens, num_bytes = 0.0, 0, 0
-    limit = min(max_tokens or len(stream), len(stream) - 1)
+    limit = len(stream) - 1 if max_tokens is None else min(max_tokens, len(stream) - 1)
     for inputs, targets, scored, text_bytes in _batches(stream, sequence_length, stride, batch_size, limit):
         ids = torch.from_numpy(inputs).to(device)
         hidden = model.model(ids, document_ids=_document_ids(ids, mask_documents_at))

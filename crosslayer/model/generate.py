@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,8 +58,8 @@ def generate(
     """Continue each prompt (token ids) and yield, step by step, one token a row, None for rows that have ended.
 
     A row ends after `max_new_tokens` or with an end-of-text token of the model's config, which is not given out. What
-    a row gets does not depend on the rows beside it; with sampling it depends on the seed and the row's number.
-    `cache` (from `make_cache`) may be passed to look at it; it must be empty.
+    a row gets does not depend on the rows beside it; with sampling, each row draws from a generator of its own, seeded
+    by the seed and the row's number. `cache` (from `make_cache`) may be passed to look at it; it must be empty.
 
     Raises:
         UserError: no prompt, or an empty one.
@@ -68,7 +69,9 @@ def generate(
     device = model.lm_head.weight.device
     cache = make_cache(model, prompts, max_new_tokens) if cache is None else cache
     stop = set(model.config.eos_token_ids)
-    generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    # A hash, because seed + row would give row 1 of one seed the numbers of row 0 of the next.
+    seeds = [zlib.crc32(f"{sampling.seed} {row}".encode()) for row in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     model.eval()
 
     new_lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -89,18 +92,24 @@ def generate(
 
 
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw one token a row: logits [B, V] to int64 [B], with a generator (CPU) a row."""
+    """Draw one token a row: logits [B, V] to int64 [B], with a generator (CPU) a row.
+
+    The `top_k` likeliest tokens stay, of equal ones those with the lower id; of these the likeliest that together
+    reach `top_p`.
+    """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scores = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < scores.shape[-1]:
-        kth = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = scores.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        dropped = before >= sampling.top_p  # the token that crosses the threshold stays
-        scores = scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    logits = logits.float()
+    # The largest score is 0, so that a very low temperature does not overflow.
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        if sampling.top_k:
+            ordered[:, sampling.top_k :] = -torch.inf
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        ordered[before >= sampling.top_p] = -torch.inf  # the token that crosses the threshold stays
+        scores = scores.scatter(-1, order, ordered)
     # The exponential race: argmax of p / e, with e ~ Exp(1), falls on each token with probability p.
     race = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in generators])
     return (scores.softmax(dim=-1) / race.to(scores.device)).argmax(dim=-1)

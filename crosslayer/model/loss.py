@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**19  # logits made at a time: small enough for a processor's cache, large enough for its matmuls
+# Logits made at a time. On a CPU few enough for its cache; on a GPU enough rows for the matmuls to run at full speed.
+CPU_CHUNK = 2**19
+GPU_CHUNK = 2**29
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over tokens of -log softmax(hidden @ weightᵀ)[target], as a float32 scalar.
+    """Sum over tokens of -log softmax(hidden @ weightᵀ)[target], as a scalar of at least float32.
 
     hidden [N, C] and weight [V, C] in any float type (autocast is honoured), targets [N] int64. The gradients are
     worked out chunk by chunk in the forward pass, so memory is O(N·C + V·C) instead of O(N·V).
     """
-    if not torch.is_grad_enabled():  # which the function below cannot see: it would work out gradients in vain
-        hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return loss
 
@@ -31,32 +33,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h, w = hidden.to(dtype), weight.to(dtype)
             accurate = torch.promote_types(dtype, torch.float32)
             want_hidden, want_weight, _ = ctx.needs_input_grad
-            hidden_grad = torch.empty_like(hidden) if want_hidden else None
-            weight_grad = torch.zeros_like(weight, dtype=accurate) if want_weight else None
+            hidden_grad = torch.empty_like(h) if want_hidden else None
+            weight_grad: Tensor | None = None
             total = torch.zeros((), dtype=accurate, device=hidden.device)
-            rows = max(1, CHUNK_ELEMENTS // weight.shape[0]) if device == "cpu" else 4096
+            rows = max(1, (GPU_CHUNK if device == "cuda" else CPU_CHUNK) // weight.shape[0])
+            softmax = _compiled_softmax() if device == "cuda" else _softmax
             for start in range(0, hidden.shape[0], rows):
-                chunk, target = h[start : start + rows], targets[start : start + rows, None]
-                logits = (chunk @ w.T).to(accurate)
-                normaliser = logits.logsumexp(dim=-1, keepdim=True)
-                total += (normaliser - logits.gather(1, target)).sum()
-                if hidden_grad is None and weight_grad is None:
-                    continue
-                logits.sub_(normaliser).exp_().scatter_add_(1, target, torch.full_like(normaliser, -1.0))
-                logits_grad = logits.to(dtype)
+                chunk = h[start : start + rows]
+                losses, logits_grad = softmax(chunk @ w.T, targets[start : start + rows], want_hidden or want_weight)
+                total += losses.sum()
                 if hidden_grad is not None:
-                    hidden_grad[start : start + rows] = logits_grad @ w
-                if weight_grad is not None:
-                    weight_grad += (logits_grad.T @ chunk).to(accurate)
-            ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+                    torch.mm(logits_grad, w, out=hidden_grad[start : start + rows])
+                if want_weight:
+                    part = (logits_grad.T @ chunk).to(accurate)
+                    weight_grad = part if weight_grad is None else weight_grad.add_(part)
+            ctx.save_for_backward(hidden_grad, weight_grad)
+            ctx.dtypes = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (scale,) = grad_outputs
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return (
-            None if hidden_grad is None else hidden_grad * scale,
-            None if weight_grad is None else weight_grad * scale,
-            None,
+        hidden_grad, weight_grad = (
+            None if grad is None else (grad * scale).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+        return hidden_grad, weight_grad, None
+
+
+def _softmax(logits: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
+    """The loss of each row of logits [N, V], and its gradient by them (empty where not wanted)."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser = exact.logsumexp(dim=-1, keepdim=True)
+    losses = normaliser.squeeze(-1) - exact.gather(1, targets[:, None]).squeeze(-1)
+    if not want_grad:
+        return losses, losses.new_empty(0)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return losses, ((exact - normaliser).exp() - hit.to(exact.dtype)).to(logits.dtype)
+
+
+@cache
+def _compiled_softmax() -> Any:
+    # Two passes over the logits instead of a dozen.
+    return torch.compile(_softmax, dynamic=True)

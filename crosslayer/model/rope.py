@@ -48,9 +48,9 @@ def _frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, flo
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
     """Slow waves are divided by the factor, fast ones kept, those between blended by how often they turn."""
     assert scaling.original_max_position_embeddings is not None  # checked by RopeScaling
-    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return torch.lerp(plain / scaling.factor, plain, keep.clamp(0, 1))
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / plain)
+    keep = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - keep) * plain / scaling.factor + keep * plain
 
 
 def _yarn(plain: Tensor, config: ModelConfig, scaling: RopeScaling) -> tuple[Tensor, float]:

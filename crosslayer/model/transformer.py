@@ -24,6 +24,17 @@ from crosslayer.plan import ModelConfig
 RopeTables = tuple[Tensor, Tensor]
 
 
+def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
+    """Several linear maps of one input. Compiled, they are a single matmul: laying the weights side by side then costs
+    nothing, as it is part of the cast to bfloat16."""
+    if len(projections) < 2 or not torch.compiler.is_compiling():
+        return tuple(projection(x) for projection in projections)
+    weight = torch.cat([projection.weight for projection in projections])
+    biases = [projection.bias for projection in projections if projection.bias is not None]
+    widths = [projection.out_features for projection in projections]
+    return torch.split(nn.functional.linear(x, weight, torch.cat(biases) if biases else None), widths, dim=-1)
+
+
 class Attention(nn.Module):
     """Attention of one layer: its own queries, and keys and values that are its own or a lower layer's."""
 
@@ -61,12 +72,17 @@ class Attention(nn.Module):
         step: CacheStep | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend with given keys and values [B, G, S, D], making those that are None; return output, k and v."""
-        q = self._heads(self.q_proj(q_input), self.q_norm, rope).transpose(1, 2)
+        own = [projection for projection in (self.k_proj, self.v_proj) if projection is not None]
+        if kv_input is q_input:
+            projected, *made = project(q_input, self.q_proj, *own)
+        else:
+            projected, made = self.q_proj(q_input), list(project(kv_input, *own))
+        q = self._heads(projected, self.q_norm, rope).transpose(1, 2)
         if self.k_proj is not None:
-            k = self._heads(self.k_proj(kv_input), self.k_norm, rope).transpose(1, 2)
+            k = self._heads(made[0], self.k_norm, rope).transpose(1, 2)
             k = k if step is None else step.append(step.cache.keys[self.layer], k)
         if self.v_proj is not None:
-            v = self._split(self.v_proj(kv_input)).transpose(1, 2)
+            v = self._split(made[-1]).transpose(1, 2)
             v = v if step is None else step.append(step.cache.values[self.layer], v)
         assert k is not None
         assert v is not None
@@ -93,7 +109,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        output: Tensor = self.down_proj(nn.functional.silu(gate) * up)
         return output
 
 
@@ -168,6 +185,8 @@ class Decoder(nn.Module):
 
         rope = rope_tables(self.config, positions)
         x = self.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(device.type):  # the residual stream, too, is in the lower precision
+            x = x.to(torch.get_autocast_dtype(device.type))
         keys: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):

@@ -19,6 +19,32 @@ from crosslayer.plan.sharing import SharingPlan
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "crosslayer")
 ROPE_TYPES = ("linear", "llama3", "yarn")
 
+# What transformers assumes where a config.json says nothing, as far as it differs from the defaults of ModelConfig.
+HUGGING_FACE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -104,6 +130,10 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             _positive_int(name, getattr(self, name))
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise UserError(f"{name} must be a positive number, got {value!r}")
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if not self.head_dim:
@@ -168,7 +198,14 @@ class ModelConfig:
         model_type = self.model_type
         architecture = {"crosslayer": "Crosslayer"}.get(model_type, model_type.capitalize()) + "ForCausalLM"
         data = asdict(self)
-        for name in ("sharing_plan", "separate_kv_norm", "rope_scaling", "rope_theta", "attention_output_bias", "qk_norm"):
+        for name in (
+            "sharing_plan",
+            "separate_kv_norm",
+            "rope_scaling",
+            "rope_theta",
+            "attention_output_bias",
+            "qk_norm",
+        ):
             del data[name]
         scaling = self.rope_scaling.to_dict() if self.rope_scaling else {"rope_type": "default"}
         data |= {
@@ -201,6 +238,7 @@ class ModelConfig:
         model_type = data.get("model_type")
         if model_type not in MODEL_TYPES:
             raise UserError(f"model_type {model_type!r} is not supported; known: {', '.join(MODEL_TYPES)}")
+        data = HUGGING_FACE_DEFAULTS.get(model_type, {}) | dict(data)
         if data.get("hidden_act", "silu") not in ("silu", "swish"):
             raise UserError(f"hidden_act {data['hidden_act']!r} is not supported; this model uses silu")
         if data.get("mlp_bias"):
@@ -218,8 +256,6 @@ class ModelConfig:
         elif model_type == "qwen3":
             values["qk_norm"] = True
             values["attention_output_bias"] = bool(values.get("attention_bias"))
-        if "rms_norm_eps" not in values and model_type != "crosslayer":
-            values["rms_norm_eps"] = 1e-6
         if model_type == "crosslayer":
             plan = data.get("sharing_plan")
             if not isinstance(plan, Mapping):
@@ -274,11 +310,18 @@ def _rope(data: Mapping[str, Any], max_position_embeddings: int) -> dict[str, An
 
 
 def _windows(data: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
-    """The window of each layer, as Mistral and Qwen configs write it."""
+    """The window of each layer, as transformers reads Mistral and Qwen configs."""
     window = data.get("sliding_window")
-    if not window or model_type == "llama" or (model_type.startswith("qwen") and not data.get("use_sliding_window")):
+    if model_type == "llama" or not window:
         return (None,) * layers
-    if kinds := data.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = int(data.get("max_window_layers", 0)) if model_type.startswith("qwen") else 0
-    return tuple(window if layer >= first else None for layer in range(layers))
+    if model_type == "mistral":
+        return (window,) * layers
+    if not data.get("use_sliding_window"):
+        return (None,) * layers
+    full, sliding = "full_attention", "sliding_attention"
+    first = data["max_window_layers"]
+    kinds = data.get("layer_types") or [sliding if layer >= first else full for layer in range(layers)]
+    for layer, kind in enumerate(kinds):
+        if kind not in (full, sliding):
+            raise UserError(f"layer {layer}: layer_types {kind!r} is not supported; known: {full}, {sliding}")
+    return tuple(window if kind == sliding else None for kind in kinds)

@@ -1,7 +1,7 @@
 """Named sharing designs: functions from a number of layers to a SharingPlan, and the short strings that name them.
 
 Adding a design is one function with the `@design` line above it. Its string form is the name, optionally followed by
-a colon and arguments: `cla2`, `cla3:rest=first`, `yoco:window=1024`, `suffix:12,window=512`. An explicit list such as
+a colon and arguments: `cla2`, `cla3:rest=last`, `yoco:window=1024`, `suffix:12,window=512`. An explicit list such as
 `0,0,2,2` works wherever a name does.
 """
 
@@ -77,9 +77,12 @@ def _find(name: str) -> tuple[Design, int | None]:
         if match:
             return candidate, int(match[1]) if match.groups() else None
     known = [d.pattern for d in DESIGNS]
-    near = get_close_matches(re.sub(r"\d+", "N", name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"unknown design {name!r}{hint} Known: {', '.join(known)}, or a list such as 0,0,2,2")
+    if near := get_close_matches(re.sub(r"\d+", "N", name), known, n=1, cutoff=0.6):
+        digits = re.search(r"\d+", name)
+        raise UserError(
+            f"unknown design {name!r}; did you mean {near[0].replace('N', digits[0] if digits else '2')!r}?"
+        )
+    raise UserError(f"unknown design {name!r}; known: {', '.join(known)}, or a list such as 0,0,2,2")
 
 
 def _arguments(found: Design, text: str, arguments: str) -> dict[str, int | str]:
@@ -94,6 +97,8 @@ def _arguments(found: Design, text: str, arguments: str) -> dict[str, int | str]
             key, value = names[position], item.strip()
         if key not in parameters:
             raise UserError(f"design {text!r}: no argument {key!r}; it takes {', '.join(parameters) or 'none'}")
+        if key in values:
+            raise UserError(f"design {text!r}: {key} is given twice")
         if parameters[key].annotation is str:
             values[key] = value
         elif value.isdecimal() and int(value) > 0:
@@ -111,15 +116,15 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _groups(sizes: Iterable[int], source: str = "bottom") -> tuple[int, ...]:
-    """Sources for consecutive groups of layers, each reading its bottom, middle or top layer."""
+    """Sources for consecutive groups of layers, each reading its bottom, middle (the lower of two) or top layer."""
     sources: list[int] = []
     for size in sizes:
-        offset = {"bottom": 0, "middle": size // 2, "top": size - 1}[source]
+        offset = {"bottom": 0, "middle": (size - 1) // 2, "top": size - 1}[source]
         sources += [len(sources) + offset] * size
     return tuple(sources)
 
 
-def _split(layers: int, size: int, rest: str = "last") -> list[int]:
+def _split(layers: int, size: int, rest: str = "first") -> list[int]:
     """Group sizes that cut `layers` into groups of `size`, the incomplete one first or last."""
     _require(rest in ("first", "last"), f"rest must be first or last, got {rest!r}")
     whole, remainder = divmod(layers, size)
@@ -137,11 +142,11 @@ def identity(num_layers: int) -> SharingPlan:
 
 
 @design("claN", "Cross-Layer Attention, arXiv 2405.12981, section 3")
-def cla(num_layers: int, factor: int, *, rest: str = "last") -> SharingPlan:
+def cla(num_layers: int, factor: int, *, rest: str = "first") -> SharingPlan:
     """Groups of N consecutive layers read the K and V of their lowest layer.
 
-    Where N does not divide the depth the incomplete group comes last, or first with `rest=first` (the paper's
-    10-layer CLA3 figure leaves layer 0 alone).
+    Where N does not divide the depth the incomplete group comes first, as in the paper's 10-layer CLA3 figure, which
+    leaves layer 0 alone; `rest=last` puts it last, as Hunyuan does.
     """
     _require(factor >= 1, f"cla{factor}: the sharing factor must be at least 1")
     return SharingPlan(_groups(_split(num_layers, factor, rest)))
@@ -210,9 +215,7 @@ def suffix(num_layers: int, *, shared: int, window: int = 0, period: int = 5) ->
     With `window`, all but every `period`-th layer attend to a window only, and the two kinds share separately.
     """
     first = num_layers - shared
-    windows = tuple(
-        window if window and (layer + 1) % period else None for layer in range(num_layers)
-    )
+    windows = tuple(window if window and (layer + 1) % period else None for layer in range(num_layers))
     last_owner = {kind: layer for layer, kind in enumerate(windows[: max(first, 0)])}
     for layer in range(max(first, 0), num_layers):
         _require(

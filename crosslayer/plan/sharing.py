@@ -129,6 +129,11 @@ class SharingPlan:
         """Every layer reads its own keys and values (windows aside)."""
         return len(self.key_owners) == len(self.value_owners) == self.num_layers
 
+    @property
+    def unshared(self) -> SharingPlan:
+        """The same windows with every layer reading its own keys and values: what this plan is compared to."""
+        return SharingPlan(tuple(range(self.num_layers)), windows=self.windows)
+
     @cached_property
     def readers_below_owner(self) -> tuple[int, ...]:
         """Layers that read a layer above themselves; such a plan cannot run in one pass over the layers."""

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from crosslayer.data import DataConfig
 from crosslayer.errors import UserError
-from crosslayer.plan import ModelConfig, RopeScaling
-from crosslayer.plan.presets import PRESETS, parse_design
-from crosslayer.settings import from_mapping, unknown_key
+from crosslayer.plan import ModelConfig, parse_design, preset
+from crosslayer.settings import from_mapping, to_mapping, unknown_key
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,10 @@ class Recipe:
 
     `tokens` is the budget; `batch_size` counts sequences per optimizer step, of which `micro_batch_size` go through
     the model at a time (default: all). The rate rises over the first `warmup_ratio` of the steps and falls along a
-    cosine to `final_ratio` of its peak. Weight decay applies to matrices only. `precision` auto is bf16 on CUDA and
-    fp32 elsewhere. `mask_documents` keeps packed documents from seeing each other. `eval_every` and
-    `checkpoint_every` count steps; 0 means only at the end. Evaluations during the run use `eval_tokens` of the
-    held-out text, the last one all of it.
+    cosine to `final_ratio` of its peak. Weight decay applies to matrices only. `mask_documents` keeps packed documents
+    from seeing each other. `precision` auto is bf16 on CUDA and fp32 elsewhere; `compile`, left open, is on for CUDA
+    only. `eval_every`, `checkpoint_every` and `log_every` count steps; 0 leaves evaluations and checkpoints during the
+    run out. Evaluations during the run use `eval_tokens` of the held-out text, the last one all of it.
 
     Raises:
         UserError: a value outside its range.
@@ -41,7 +40,7 @@ class Recipe:
     mask_documents: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
-    compile: bool = False
+    compile: bool | None = None
     activation_checkpointing: bool = False
     eval_every: int = 0
     eval_tokens: int = 100_000
@@ -104,28 +103,34 @@ def make_model_config(
     otherwise the vocabulary is the tokenizer's and max_position_embeddings is `context`.
 
     Raises:
-        UserError: an unknown key or preset, a value that does not fit, or a vocab_size smaller than the tokenizer's.
+        UserError: an unknown key or preset, a value that does not fit, or a vocab_size smaller than the tokenizer's,
+            or max_position_embeddings than `context`.
     """
     derived = {"sharing_plan", "bos_token_id", "eos_token_id"}
     known = [f.name for f in fields(ModelConfig) if f.name not in derived]
     for key in settings:
         if key not in (*known, "preset", "design"):
             raise unknown_key(key, [*known, "preset", "design"], "model.")
-    shape = {key: value for key, value in settings.items() if key not in ("preset", "design")}
-    if (preset := settings.get("preset")) is not None:
-        if preset not in PRESETS:
-            raise unknown_key(preset, PRESETS, "model.preset ")
-        base = PRESETS[preset]
-        shape = {name: getattr(base, name) for name in known} | shape
-    # A matrix may have rows to spare (the paper's vocabulary is padded), but not too few.
-    shape.setdefault("vocab_size", vocab_size)
-    shape.setdefault("max_position_embeddings", context)
-    if isinstance(shape["vocab_size"], int) and shape["vocab_size"] < vocab_size:
-        raise UserError(f"config: model.vocab_size {shape['vocab_size']} is less than the tokenizer's {vocab_size}")
-    if isinstance(shape.get("rope_scaling"), dict):
-        shape["rope_scaling"] = from_mapping(RopeScaling, shape["rope_scaling"], "model.rope_scaling.")
+    shape: dict[str, Any] = {"vocab_size": vocab_size, "max_position_embeddings": context}
+    if settings.get("preset") is not None:
+        base = to_mapping(preset(str(settings["preset"])))
+        shape |= {key: base[key] for key in known}
+    shape |= {key: value for key, value in settings.items() if key in known}
     config = from_mapping(ModelConfig, {**shape, "eos_token_id": eos_token_id}, "model.")
-    return parse_design(str(settings.get("design", "identity")), config)
+    # A matrix may have rows to spare (the paper's vocabulary is padded), but not too few.
+    if config.vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size {config.vocab_size} is less than the tokenizer's {vocab_size}")
+    if config.max_position_embeddings < context:
+        raise UserError(
+            f"model.max_position_embeddings {config.max_position_embeddings} is less than "
+            f"train.sequence_length {context}"
+        )
+    design = settings.get("design")
+    if design is None:
+        return config
+    if not isinstance(design, str):
+        raise UserError(f"model.design must be text such as H128-MQA-CLA2, cla2 or 0,0,2,2; got {design!r}")
+    return parse_design(design, config)
 
 
 def _require(condition: bool, message: str) -> None:

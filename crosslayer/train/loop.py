@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,16 @@ import torch
 from crosslayer import checkpoint
 from crosslayer.checkpoint.files import read_json, write_json
 from crosslayer.checkpoint.state import load_state, save_state
-from crosslayer.data import Batch, PreparedData, TrainBatches
+from crosslayer.data import PreparedData, TrainBatches
 from crosslayer.environment import describe_environment
 from crosslayer.errors import UserError
 from crosslayer.evaluate import Score, score
 from crosslayer.model import Transformer
-from crosslayer.model.loss import linear_cross_entropy
 from crosslayer.settings import to_mapping
-from crosslayer.train.config import Recipe, TrainConfig, make_model_config
+from crosslayer.train.config import TrainConfig, make_model_config
 from crosslayer.train.host import autocast, choose_device
-from crosslayer.train.metrics import MetricsWriter, ProgressLine
-from crosslayer.train.optimizer import learning_rate_at, make_optimizer
+from crosslayer.train.metrics import MetricsWriter, ProgressLine, clock, import_summary_writer
+from crosslayer.train.step import TrainStep
 
 RESULT = "result.json"
 
@@ -37,24 +37,30 @@ def train(config: TrainConfig, data: PreparedData, out: Path, *, label: str = "t
     finished is not repeated.
 
     Raises:
-        UserError: `out` belongs to a run with another config or other data, or the loss is no longer a number.
+        UserError: `out` belongs to a run with another config or other data, the model or the data cannot be trained
+            with as the config says, or the loss is no longer a number.
     """
+    result = out / RESULT
+    # What cannot be built is refused before the folder is claimed for it.
+    run = None if result.exists() else _Run(config, data, out, label)
     claim_folder(out, {**to_mapping(config), "data_fingerprint": data.fingerprint})
-    if (out / RESULT).exists():
-        return read_json(out / RESULT)
-    return _Run(config, data, out, label).finish()
+    return read_json(result) if run is None else run.finish()
 
 
 def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     """Record in `out/config.json` what the run is, or check that it is the one recorded there.
 
     Raises:
-        UserError: the folder was started with other settings; the message names the first that differs.
+        UserError: the folder was started with other settings (the message names the first that differs), or cannot
+            be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     record = out / "config.json"
-    if not record.exists():
-        write_json(record, settings)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not record.exists():
+            write_json(record, settings)
+    except OSError as error:
+        raise UserError(f"output folder {out} cannot be written: {error.strerror}") from None
     now, before = _flat(json.loads(json.dumps(settings))), _flat(read_json(record))
     for key in sorted(now.keys() | before.keys()):
         if now.get(key) != before.get(key):
@@ -71,110 +77,76 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@dataclass
 class _Run:
-    config: TrainConfig
-    data: PreparedData
-    out: Path
-    label: str
-
-    def __post_init__(self) -> None:
-        self.recipe: Recipe = self.config.train
-        tokenizer = self.data.tokenizer
-        self.device = choose_device(self.recipe.device)
+    def __init__(self, config: TrainConfig, data: PreparedData, out: Path, label: str) -> None:
+        self.recipe, self.data, self.out, self.label = config.train, data, out, label
+        recipe, tokenizer = self.recipe, data.tokenizer
         model_config = make_model_config(
-            self.config.model,
+            config.model,
             vocab_size=tokenizer.vocab_size,
             eos_token_id=tokenizer.eos_id,
-            context=self.recipe.sequence_length,
+            context=recipe.sequence_length,
         )
-        self.model = Transformer(model_config, seed=self.recipe.seed).to(self.device)
-        self.model.model.activation_checkpointing = self.recipe.activation_checkpointing
-        self.optimizer = make_optimizer(
-            self.model,
-            learning_rate=self.recipe.learning_rate,
-            betas=(self.recipe.betas[0], self.recipe.betas[1]),
-            weight_decay=self.recipe.weight_decay,
-        )
-        self.eos_id = tokenizer.eos_id if self.recipe.mask_documents else None
+        self.device = choose_device(recipe.device)
+        self.model = Transformer(model_config, seed=recipe.seed).to(self.device)
+        self.step = TrainStep(self.model, recipe)
+        self.eos_id = tokenizer.eos_id if recipe.mask_documents else None
         self.batches = TrainBatches(
-            self.data.train,
-            batch_size=self.recipe.batch_size,
-            sequence_length=self.recipe.sequence_length,
-            seed=self.recipe.seed,
+            data.train,
+            batch_size=recipe.batch_size,
+            sequence_length=recipe.sequence_length,
+            seed=recipe.seed,
             eos_id=self.eos_id,
         )
-        self.decoder = torch.compile(self.model.model) if self.recipe.compile else self.model.model
+        if recipe.tensorboard:
+            import_summary_writer()
 
     def finish(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, evaluate, and write the model and the result."""
-        recipe, steps = self.recipe, self.recipe.steps
-        state = load_state(self.out / "checkpoints", self.model, self.optimizer) or {"step": 0, "seconds": 0.0}
-        first, seconds_before = int(state["step"]), float(state["seconds"])
-        metrics = MetricsWriter(self.out, first, recipe.tensorboard)
-        progress = ProgressLine(self.label, steps)
-        started = time.monotonic()
-        since_log, logged_at, logged_step = torch.zeros((), device=self.device), started, first
+        state = load_state(self.out / "checkpoints", self.model, self.step.optimizer)
+        state = state or {"step": 0, "seconds": 0.0, "unlogged_loss": 0.0}
+        steps = self.recipe.steps
+        with (
+            closing(MetricsWriter(self.out, state["step"], self.recipe.tensorboard)) as metrics,
+            closing(ProgressLine(self.label)) as progress,
+        ):
+            seconds = self._train(state, metrics, progress)
+            held_out = self._score(
+                None, lambda n, total: progress.show(f"held-out text {n:,}/{total:,} tokens", last=n == total)
+            )
+            _require_finite(held_out.loss, steps)
+            self._log(metrics, steps, **_validation(held_out))
+        return self._write(held_out, seconds)
+
+    def _train(self, state: dict[str, Any], metrics: MetricsWriter, progress: ProgressLine) -> float:
+        """All steps that `state` leaves; returns the seconds spent, those before `state` included."""
+        recipe, steps, first = self.recipe, self.recipe.steps, state["step"]
+        started = rated_at = time.monotonic()
+        rated_step = first
+        unlogged = torch.tensor(state["unlogged_loss"], device=self.device)  # summed over the steps since the last log
         for step in range(first, steps):
-            since_log += self._step(step)
+            unlogged += self.step(step, self.batches[step])
             done = step + 1
             if done % recipe.log_every == 0 or done == steps:
-                now = time.monotonic()
-                count = done - logged_step
-                loss = since_log.item() / count
-                if not math.isfinite(loss):
-                    raise UserError(f"step {done}: the loss is {loss}; lower train.learning_rate or train.clip")
-                rate = count * recipe.tokens_per_step / (now - logged_at)
+                loss = unlogged.item() / (step % recipe.log_every + 1)
+                now = time.monotonic()  # after .item(), which waits for the device
+                _require_finite(loss, done)
+                rate = (done - rated_step) * recipe.tokens_per_step / (now - rated_at)
                 self._log(metrics, done, loss=loss, tokens_per_second=rate)
-                left = (steps - done) * (now - started) / (done - first)
-                progress.show(done, loss=loss, tokens_per_second=rate, seconds_left=left)
-                since_log, logged_at, logged_step = torch.zeros_like(since_log), now, done
+                left = clock((steps - done) * (now - started) / (done - first))
+                progress.show(
+                    f"step {done}/{steps}  loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left", last=done == steps
+                )
+                unlogged, rated_at, rated_step = torch.zeros_like(unlogged), now, done
             if recipe.eval_every and done % recipe.eval_every == 0 and done < steps:
                 self._log(metrics, done, **_validation(self._score(recipe.eval_tokens)))
             if recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < steps:
-                seconds = seconds_before + time.monotonic() - started
-                save_state(self.out / "checkpoints", done, self.model, self.optimizer, {"seconds": seconds})
-        progress.close()
-        seconds = seconds_before + time.monotonic() - started
-        held_out = self._score(None)
-        self._log(metrics, steps, **_validation(held_out))
-        metrics.close()
-        return self._write(held_out, seconds)
+                seconds = state["seconds"] + time.monotonic() - started
+                progressed = {"seconds": seconds, "unlogged_loss": unlogged.item()}
+                save_state(self.out / "checkpoints", done, self.model, self.step.optimizer, progressed)
+        return float(state["seconds"] + time.monotonic() - started)
 
-    def _step(self, step: int) -> torch.Tensor:
-        """One optimizer step; returns the batch's mean loss, on the device."""
-        recipe = self.recipe
-        rate = learning_rate_at(
-            step,
-            recipe.steps,
-            peak=recipe.learning_rate,
-            warmup_ratio=recipe.warmup_ratio,
-            final_ratio=recipe.final_ratio,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch, micro = self.batches[step], recipe.micro_batch_size or recipe.batch_size
-        total = torch.zeros((), device=self.device)
-        for start in range(0, recipe.batch_size, micro):
-            loss = self._loss(batch, slice(start, start + micro)) / recipe.tokens_per_step
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
-
-    def _loss(self, batch: Batch, rows: slice) -> torch.Tensor:
-        """Summed loss of some rows of a batch."""
-        inputs, targets = (torch.from_numpy(a[rows]).to(self.device) for a in (batch.inputs, batch.targets))
-        documents = None
-        if batch.document_ids is not None:
-            documents = torch.from_numpy(batch.document_ids[rows]).to(self.device)
-        with autocast(self.device, self.recipe.precision):
-            hidden = self.decoder(inputs, document_ids=documents)
-            return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten())
-
-    def _score(self, max_tokens: int | None) -> Score:
+    def _score(self, max_tokens: int | None, progress: Callable[[int, int], None] | None = None) -> Score:
         with autocast(self.device, self.recipe.precision):
             return score(
                 self.model,
@@ -183,6 +155,7 @@ class _Run:
                 batch_size=self.recipe.micro_batch_size or self.recipe.batch_size,
                 max_tokens=max_tokens,
                 mask_documents_at=self.eos_id,
+                progress=progress,
             )
 
     def _log(self, metrics: MetricsWriter, step: int, **values: float) -> None:
@@ -200,6 +173,11 @@ class _Run:
         }
         write_json(self.out / RESULT, result)
         return result
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"step {step}: the loss is {loss}; lower train.learning_rate or train.clip")
 
 
 def _validation(held_out: Score) -> dict[str, float]:

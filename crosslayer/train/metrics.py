@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,18 +22,15 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
+        summary_writer = import_summary_writer() if tensorboard else None
         self._file = folder / "metrics.jsonl"
         kept = [line for line in _lines(self._file) if line["step"] <= first_step]
         scratch = self._file.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         scratch.replace(self._file)
         self._tensorboard: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("train.tensorboard is on, but the package tensorboard is not installed") from None
-            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+        if summary_writer:
+            self._tensorboard = summary_writer(folder / "tensorboard", purge_step=first_step + 1)
 
     def write(self, step: int, **values: float) -> None:
         with self._file.open("a", encoding="utf-8") as file:
@@ -44,6 +42,21 @@ class MetricsWriter:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def import_summary_writer() -> Any:
+    """TensorBoard's writer.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "train.tensorboard is on, but TensorBoard is not installed: pip install 'crosslayer[tensorboard]'"
+        ) from None
+    return SummaryWriter
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -68,35 +81,34 @@ class ProgressLine:
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, label: str, steps: int, stream: TextIO | None = None) -> None:
+    def __init__(self, label: str, stream: TextIO | None = None) -> None:
         self._label = label
-        self._steps = steps
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
-        self._last = 0.0
+        self._printed_at = -math.inf
         self._width = 0
 
-    def show(self, step: int, *, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+    def show(self, text: str, *, last: bool = False) -> None:
+        """Show `text` after the label. The `last` of a kind is never left out."""
         now = time.monotonic()
-        if not self._live and step < self._steps and now - self._last < self.SECONDS_BETWEEN_LINES:
+        if not self._live and not last and now - self._printed_at < self.SECONDS_BETWEEN_LINES:
             return
-        self._last = now
-        text = (
-            f"{self._label}  step {step}/{self._steps}  loss {loss:.3f}  "
-            f"{tokens_per_second:,.0f} tokens/s  {_clock(seconds_left)} left"
-        )
-        padding = " " * (self._width - len(text))
+        self._printed_at = now
+        text = f"{self._label}  {text}"
+        if self._live:
+            print(f"\r{text.ljust(self._width)}", end="", file=self._stream, flush=True)
+        else:
+            print(text, file=self._stream, flush=True)
         self._width = len(text)
-        print(
-            f"\r{text}{padding}" if self._live else text, end="" if self._live else "\n", file=self._stream, flush=True
-        )
 
     def close(self) -> None:
+        """Leave the line on a terminal as it is and go on below it."""
         if self._live and self._width:
             print(file=self._stream, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as M:SS or H:MM:SS."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

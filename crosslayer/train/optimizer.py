@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_optimizer(
@@ -18,13 +18,27 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
+def clipped_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
+    """Step with gradients scaled down to a total norm of at most `max_norm`; returns the norm before, on the device.
+
+    The scale goes into the fused kernel, which saves a pass over all gradients. A norm that is not finite leaves the
+    weights and moments as they are.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    return norm
+
+
 def learning_rate_at(step: int, steps: int, *, peak: float, warmup_ratio: float, final_ratio: float) -> float:
     """Linear warm-up over the first `warmup_ratio` of `steps`, then a cosine down to `final_ratio` of the peak.
 
-    `step` counts from 0; the last step's rate is `final_ratio * peak`.
+    `step` counts from 0; the last step of the warm-up has the peak rate, the last of all `final_ratio` of it.
     """
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(steps - 1 - warmup, 1)
+    done = (step + 1 - warmup) / (steps - warmup)
     return peak * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done)))

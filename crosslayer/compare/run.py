@@ -1,0 +1,195 @@
+"""Running a comparison: every design with every seed, what each costs, and the outputs."""
+
+from __future__ import annotations
+
+import math
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from crosslayer import checkpoint
+from crosslayer.checkpoint.files import write_json
+from crosslayer.compare.config import CompareConfig, Sample, design_folder
+from crosslayer.compare.results import Continuation, Curve, DesignResult, Results, Run, Shape, Summary, compare_losses
+from crosslayer.data import PreparedData, prepare
+from crosslayer.environment import describe_environment
+from crosslayer.errors import UserError
+from crosslayer.model import ContiguousCache
+from crosslayer.model.generate import generate, make_cache
+from crosslayer.plan import ModelConfig
+from crosslayer.plan.cost import kv_bytes, num_parameters
+from crosslayer.settings import to_mapping
+from crosslayer.train import make_model_config, train
+from crosslayer.train.host import choose_device
+from crosslayer.train.loop import RESULT, claim_folder
+from crosslayer.train.metrics import clock, read_metrics
+
+# KV bytes are stated for the 16-bit cache of the paper's tables, whatever precision the comparison is trained in.
+CACHE_DTYPE, CACHE_TORCH_DTYPE = "bf16", torch.bfloat16
+
+
+def compare(config: CompareConfig, out: Path, *, command: str = "") -> Results:
+    """Train every design with every seed under one budget, and write what was found into `out`.
+
+    Runs are in `out`/runs/DESIGN/seed-N. Those that have finished are not repeated, and one that was cut off goes on
+    from its last checkpoint, so that after an interruption the same call continues. A run that fails is reported in the
+    results and does not stop the others; the next call tries it again. `command` is what the report says to repeat it.
+
+    Raises:
+        UserError: `out` belongs to another comparison, or every run failed.
+    """
+    data = prepare(config.data)
+    claim_folder(out, {**to_mapping(config), "data_fingerprint": data.fingerprint})
+    runs = _run_all(config, data, out)
+    if all(run.error for run in runs):
+        raise UserError(f"no run finished; the first, {runs[0].design} with seed {runs[0].seed}: {runs[0].error}")
+    designs = tuple(_design_result(config, design, runs, data) for design in config.designs)
+    differences, noise = compare_losses(designs)
+    results = Results(
+        command=command,
+        config=config,
+        environment=describe_environment(),
+        data=data.summary(),
+        data_fingerprint=data.fingerprint,
+        tokens=config.train.steps * config.train.tokens_per_step,
+        context=config.train.sequence_length,
+        cache_dtype=CACHE_DTYPE,
+        noise=noise,
+        differences=differences,
+        sample=_continue(config, config.sample, designs, out, data) if config.sample else None,
+        designs=designs,
+    )
+    publish(results, out)
+    return results
+
+
+def publish(results: Results, out: Path) -> None:
+    """Write results.json, the plots and the report."""
+    from crosslayer.compare.plots import curves_png, pareto_png
+    from crosslayer.compare.report import report_html
+
+    write_json(out / "results.json", to_mapping(results))
+    pareto, curves = pareto_png(results), curves_png(results)
+    files = {"pareto.png": pareto, "curves.png": curves, "report.html": report_html(results, pareto, curves).encode()}
+    for name, content in files.items():
+        beside = out / f".{name}.partial"
+        beside.write_bytes(content)
+        beside.replace(out / name)
+
+
+def _run_all(config: CompareConfig, data: PreparedData, out: Path) -> list[Run]:
+    """Seed by seed, so that what an interruption leaves, or a machine that slows down, treats the designs alike."""
+    plan = [(design, seed) for seed in config.seeds for design in config.designs]
+    runs: list[Run] = []
+    for design, seed in plan:
+        seconds = [run.seconds for run in runs if run.seconds is not None]
+        to_train = [pair for pair in plan[len(runs) :] if not (out / _folder(*pair) / RESULT).exists()]
+        if seconds and to_train:
+            left = sum(seconds) / len(seconds) * len(to_train)
+            print(f"{len(runs)} of {len(plan)} runs done, about {clock(left)} left for the rest", file=sys.stderr)
+        try:
+            runs.append(_run(config, design, seed, data, out, f"[{len(runs) + 1}/{len(plan)}] {design} seed {seed}"))
+        except KeyboardInterrupt:
+            print(f"\n{len(runs)} of {len(plan)} runs done; the same command goes on from here", file=sys.stderr)
+            raise
+    return runs
+
+
+def _run(config: CompareConfig, design: str, seed: int, data: PreparedData, out: Path, label: str) -> Run:
+    folder = _folder(design, seed)
+    try:
+        result = train(config.training(design, seed), data, out / folder, label=label)
+        scores = result["validation"]
+        if not math.isfinite(scores["loss"]):
+            raise UserError(f"the held-out loss is {scores['loss']}")
+    except Exception as error:  # whatever ends one run must not lose the others
+        if isinstance(error, UserError):
+            reason = str(error)
+        else:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        print(f"{label}: failed: {reason}", file=sys.stderr)
+        return Run(design, seed, folder, error=reason)
+    return Run(
+        design,
+        seed,
+        folder,
+        loss=scores["loss"],
+        perplexity=scores["perplexity"],
+        bits_per_byte=scores["bits_per_byte"],
+        seconds=result["seconds"],
+        curve=_curve(out / folder),
+    )
+
+
+def _folder(design: str, seed: int) -> str:
+    return f"runs/{design_folder(design)}/seed-{seed}"
+
+
+def _curve(folder: Path) -> Curve:
+    lines = read_metrics(folder)
+    trained = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    validated = [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    return Curve(*zip(*trained, strict=True), *zip(*validated, strict=True))
+
+
+def _design_result(config: CompareConfig, design: str, runs: Sequence[Run], data: PreparedData) -> DesignResult:
+    own = tuple(run for run in runs if run.design == design)
+    rate = config.learning_rates.get(design, config.train.learning_rate)
+    try:
+        shape = _shape(_model_config(config, design, data), config.train.sequence_length)
+    except UserError:  # its runs say why
+        shape = None
+    return DesignResult(design, rate, shape, Summary.of(own), own)
+
+
+def _model_config(config: CompareConfig, design: str, data: PreparedData) -> ModelConfig:
+    settings = config.training(design, config.seeds[0]).model
+    return make_model_config(
+        settings,
+        vocab_size=data.tokenizer.vocab_size,
+        eos_token_id=data.tokenizer.eos_id,
+        context=config.train.sequence_length,
+    )
+
+
+def _shape(model: ModelConfig, context: int) -> Shape:
+    cache = ContiguousCache(model, 1, context, dtype=CACHE_TORCH_DTYPE)
+    return Shape(
+        kv_bytes_per_token=_per_token(kv_bytes(model, context, 1, CACHE_DTYPE), context),
+        allocated_kv_bytes_per_token=_per_token(cache.nbytes, context),
+        num_kv_layers=len(model.plan.owners),
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        parameters=num_parameters(model),
+        sharing_plan=model.plan.to_dict(),
+    )
+
+
+def _per_token(num_bytes: int, tokens: int) -> int | float:
+    """A whole number unless some layers keep a window only."""
+    return num_bytes / tokens if num_bytes % tokens else num_bytes // tokens
+
+
+def _continue(
+    config: CompareConfig, sample: Sample, designs: Sequence[DesignResult], out: Path, data: PreparedData
+) -> Continuation | None:
+    """The text that the sample asks for, by the first seed that finished; None if none has."""
+    run = next((run for d in designs if d.design == sample.design for run in d.runs if run.error is None), None)
+    if run is None:
+        return None
+    device = choose_device(config.train.device)
+    model = checkpoint.load(out / run.folder / "model", device=device, dtype=torch.float32)
+    prompt = data.tokenizer.encode(sample.prompt)
+    cache = make_cache(model, [prompt], sample.tokens)
+    steps = generate(model, [prompt], max_new_tokens=sample.tokens, sampling=sample.sampling, cache=cache)
+    ids = [token for (token,) in steps if token is not None]
+    reference = None
+    if designs[0].shape is not None:
+        reference = kv_bytes(_model_config(config, designs[0].design, data), cache.max_length, 1, "fp32")
+    text = "".join(data.tokenizer.decode_stream(ids))
+    return Continuation(sample.design, run.seed, sample.prompt, text, len(ids), "fp32", cache.nbytes, reference)

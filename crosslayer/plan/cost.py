@@ -1,0 +1,152 @@
+"""What a model costs, computed from its config alone: cache bytes, parameters, FLOPs, and what fits in a memory.
+
+Every figure is an exact whole number. Bytes are those of the keys and values themselves; the scales that an fp8 or
+int8 cache keeps next to them depend on the kernel and are not counted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from fractions import Fraction
+
+from crosslayer.errors import UserError
+from crosslayer.plan.config import ModelConfig
+
+BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}
+
+
+def kv_bytes_per_token(config: ModelConfig, cache_dtype: str = "bf16", *, past_windows: bool = False) -> int:
+    """Bytes that one token adds to the cache: bytes per element * KV heads * head_dim, summed over the slots.
+
+    With `past_windows`, only the slots that still grow once the context is longer than every window.
+    """
+    slots = [slot for slot in config.plan.slots if not past_windows or slot.window is None]
+    return len(slots) * _slot_bytes_per_token(config, cache_dtype)
+
+
+def kv_bytes(config: ModelConfig, context: int, batch: int = 1, cache_dtype: str = "bf16") -> int:
+    """Bytes of the cache of `batch` sequences of `context` tokens; a windowed slot stops growing at its window."""
+    tokens = sum(slot.capacity(context) for slot in config.plan.slots)
+    return batch * tokens * _slot_bytes_per_token(config, cache_dtype)
+
+
+def _slot_bytes_per_token(config: ModelConfig, cache_dtype: str) -> int:
+    if cache_dtype not in BYTES_PER_ELEMENT:
+        raise UserError(f"cache dtype {cache_dtype!r} is not known; choose from {', '.join(BYTES_PER_ELEMENT)}")
+    return BYTES_PER_ELEMENT[cache_dtype] * config.num_key_value_heads * config.head_dim
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the model: tied embeddings count once, a layer without keys or values has no such projection."""
+    plan, hidden = config.plan, config.hidden_size
+    query_width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    projections = len(plan.key_owners) + len(plan.value_owners)  # of width kv_width
+    total = _matmul_weights(config)
+    if not config.tie_word_embeddings:
+        total += config.vocab_size * hidden  # the token embedding; the other matrix of that size is the lm_head
+    total += hidden * (2 * plan.num_layers + 1)  # the two norms of each layer, and the last one
+    total += hidden * sum(config.has_kv_norm(layer) for layer in range(plan.num_layers))
+    if config.attention_bias:
+        total += plan.num_layers * query_width + projections * kv_width
+    if config.attention_output_bias:
+        total += plan.num_layers * hidden
+    if config.qk_norm:
+        total += (plan.num_layers + len(plan.key_owners)) * config.head_dim
+    return total
+
+
+def _matmul_weights(config: ModelConfig) -> int:
+    """Weights that each token is multiplied with, the lm_head included."""
+    plan, hidden = config.plan, config.hidden_size
+    kv_projections = len(plan.key_owners) + len(plan.value_owners)
+    per_layer = 2 * hidden * config.num_attention_heads * config.head_dim + 3 * hidden * config.intermediate_size
+    return (
+        plan.num_layers * per_layer
+        + kv_projections * hidden * config.num_key_value_heads * config.head_dim
+        + config.vocab_size * hidden
+    )
+
+
+def forward_flops_per_token(config: ModelConfig, context: int) -> int:
+    """FLOPs of one forward pass over `context` tokens, per token, to the nearest whole number.
+
+    Two for each weight of each matrix product (the lm_head at every token), and in each layer 4 * H * D for each key
+    that a token attends to: causal, so (context + 1) / 2 keys on average, fewer in a windowed layer. Norms, RoPE,
+    softmax and activations are left out, as is usual. Sharing saves K/V projections here and no attention.
+    """
+    attended = sum(_attended_keys(context, window) for window in config.plan.windows)
+    attention = Fraction(4 * config.num_attention_heads * config.head_dim * attended, context)
+    return round(2 * _matmul_weights(config) + attention)
+
+
+def _attended_keys(context: int, window: int | None) -> int:
+    """Keys that the queries of a sequence attend to in one layer, added up over its `context` positions."""
+    window = context if window is None else min(window, context)
+    return window * (window + 1) // 2 + (context - window) * window
+
+
+def training_flops_per_token(config: ModelConfig, context: int) -> int:
+    """Three forward passes' worth: the backward pass does two products for each one of the forward pass."""
+    return 3 * forward_flops_per_token(config, context)
+
+
+def largest_batch(
+    config: ModelConfig, context: int, memory: int, cache_dtype: str = "bf16", weight_dtype: str = "bf16"
+) -> int:
+    """Sequences of `context` tokens whose cache fits in `memory` bytes next to the weights; activations not counted."""
+    free = memory - _weight_bytes(config, weight_dtype)
+    return max(0, free // kv_bytes(config, context, 1, cache_dtype))
+
+
+def longest_context(
+    config: ModelConfig, batch: int, memory: int, cache_dtype: str = "bf16", weight_dtype: str = "bf16"
+) -> int | None:
+    """Tokens that each of `batch` sequences can have in `memory` bytes next to the weights; activations not counted.
+
+    None when there is no limit: every slot is windowed and the full windows fit.
+    """
+    free = memory - _weight_bytes(config, weight_dtype)
+
+    def needed(context: int) -> int:
+        return kv_bytes(config, context, batch, cache_dtype)
+
+    widest = max(slot.window or 0 for slot in config.plan.slots)
+    if needed(widest) > free:
+        return max(0, bisect_right(range(widest + 1), free, key=needed) - 1)
+    growth = batch * kv_bytes_per_token(config, cache_dtype, past_windows=True)
+    return widest + (free - needed(widest)) // growth if growth else None
+
+
+def _weight_bytes(config: ModelConfig, dtype: str) -> int:
+    return num_parameters(config) * BYTES_PER_ELEMENT[dtype]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Every figure of one model, for one workload: `context`, `batch`, a cache dtype and a device memory in bytes."""
+
+    kv_bytes_per_token: int
+    kv_bytes_per_token_past_windows: int
+    num_kv_layers: int
+    parameters: int
+    forward_flops_per_token: int
+    training_flops_per_token: int
+    kv_bytes: int
+    largest_batch: int
+    longest_context: int | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, *, context: int, batch: int, memory: int, cache_dtype: str = "bf16") -> Cost:
+        return cls(
+            kv_bytes_per_token=kv_bytes_per_token(config, cache_dtype),
+            kv_bytes_per_token_past_windows=kv_bytes_per_token(config, cache_dtype, past_windows=True),
+            num_kv_layers=len(config.plan.owners),
+            parameters=num_parameters(config),
+            forward_flops_per_token=forward_flops_per_token(config, context),
+            training_flops_per_token=training_flops_per_token(config, context),
+            kv_bytes=kv_bytes(config, context, batch, cache_dtype),
+            largest_batch=largest_batch(config, context, memory, cache_dtype),
+            longest_context=longest_context(config, batch, memory, cache_dtype),
+        )
