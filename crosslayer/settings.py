@@ -154,8 +154,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value not in arguments:
             raise UserError(f"{name} must be one of {', '.join(map(str, arguments))}; got {value!r}")
         return value
-    if dataclasses.is_dataclass(hint) and (value is None or isinstance(value, Mapping)):
-        return from_mapping(typing.cast(type, hint), value or {}, f"{name}.")
+    if value is None and (dataclasses.is_dataclass(hint) or origin is dict):
+        value = {}  # a section with nothing in it
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_mapping(typing.cast(type, hint), value, f"{name}.")
     if origin in (tuple, list) and arguments[0] is str and isinstance(value, str):
         value = [value]  # one path or name needs no brackets
     if origin in (tuple, list) and isinstance(value, list | tuple):

@@ -31,13 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"crosslayer {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     parsers = {name: commands.add_parser(name, help=module.HELP) for name, module in COMMANDS.items()}
-    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
-    if name not in COMMANDS:
-        parser.parse_args([name])  # help, the version or an error: all of them end here
-    module, command = COMMANDS[name], parsers[name]
+    given = sys.argv[1:] if argv is None else [*argv]
+    if not given or given[0] not in COMMANDS:
+        parser.parse_args(given[:1])  # help, the version or an error: all of them end here
+    module, command = COMMANDS[given[0]], parsers[given[0]]
     command.description = module.HELP
     module.add_arguments(command)
-    arguments = command.parse_intermixed_args(rest)  # options may stand anywhere
+    arguments = command.parse_intermixed_args(given[1:])  # options may stand anywhere
     warnings.formatwarning = lambda message, *_, **__: f"{command.prog}: warning: {message}\n"
     try:
         module.run(arguments)

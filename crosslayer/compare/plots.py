@@ -1,4 +1,4 @@
-"""The plots of a comparison, as PNG: loss against KV bytes, and loss against tokens."""
+"""The plots of a comparison: loss against KV bytes, and loss against tokens."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ PLACES = (
     (-9, 0, "right", "center"),
     (0, 9, "center", "bottom"),
     (0, -9, "center", "top"),
-    (9, 9, "left", "bottom"),
-    (9, -9, "left", "top"),
-    (-9, 9, "right", "bottom"),
-    (-9, -9, "right", "top"),
-    (9, 24, "left", "bottom"),
-    (9, -24, "left", "top"),
+    *(
+        (dx, dy, ha, "center")
+        for dy in (24, -24, 48, -48, 72, -72, 96, -96)
+        for dx, ha in ((12, "left"), (-12, "right"))
+    ),
 )
 SMOOTHING = 0.04  # of the run, on either side
 
 
-def pareto_png(results: Results) -> bytes:
+def draw_pareto(results: Results) -> Figure:
     """Held-out loss against KV bytes per token: for each design the mean over seeds, their range, and every seed."""
     figure, (axes,) = _figure(7.2, 4.2, 1)
     xs = _apart([shape.allocated_kv_bytes_per_token for _, shape, _ in results.finished])
@@ -49,22 +48,17 @@ def pareto_png(results: Results) -> bytes:
         if (difference := results.to_first(text)) is not None:
             text += f"\n{format_difference(difference)}" + ("" if difference.resolved else "\nnot resolved")
         labels.append((x, loss, text, colour))
-    ticks = sorted({shape.allocated_kv_bytes_per_token for _, shape, _ in results.finished})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [format_bytes_per_token(tick) for tick in ticks])
-    axes.minorticks_off()
-    room = (max(ticks) / min(ticks)) ** 0.35 * 1.2
-    axes.set_xlim(min(ticks) / room, max(ticks) * room)
+    _bytes_axis(axes, sorted({shape.allocated_kv_bytes_per_token for _, shape, _ in results.finished}))
     axes.margins(y=0.2)
     axes.set_xlabel(f"KV cache, bytes per token ({results.cache_dtype})")
     axes.set_ylabel("held-out loss, nats per token")
     first = results.designs[0].design
     axes.set_title(f"mean, range and each seed; numbers: difference to {first}", fontsize=10, loc="left")
     _place_labels(figure, axes, labels)
-    return _png(figure)
+    return figure
 
 
-def curves_png(results: Results) -> bytes:
+def draw_curves(results: Results) -> Figure:
     """Left, training loss (smoothed lines) and held-out loss (points), means over seeds; right, how far the held-out
     loss is from the first design's at the same seed, mean and range."""
     figure, (left, right) = _figure(9.6, 3.8, 2)
@@ -95,7 +89,7 @@ def curves_png(results: Results) -> bytes:
         axes.set_xlabel("tokens trained on")
         axes.set_ylabel("nats per token")
         axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-    return _png(figure)
+    return figure
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axes]]:
@@ -112,7 +106,7 @@ def _figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axe
     return figure, panels
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     return buffer.getvalue()
@@ -131,6 +125,20 @@ def _apart(values: Sequence[float]) -> list[float]:
         before, all_equal = values[:number].count(value), values.count(value)
         places.append(value * 1.05 ** (before - (all_equal - 1) / 2))
     return places
+
+
+def _bytes_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis with room for labels on both sides, and a tick at each value that has room for its own."""
+    room = (values[-1] / values[0]) ** 0.35 * 1.2
+    left, right = values[0] / room, values[-1] * room
+    ticks: list[float] = []
+    for value in values:
+        if not ticks or value / ticks[-1] > (right / left) ** 0.06:
+            ticks.append(value)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(left, right)
+    axes.set_xticks(ticks, [format_bytes_per_token(tick) for tick in ticks])
+    axes.minorticks_off()
 
 
 def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, Spread, str, str]]) -> None:

@@ -159,10 +159,7 @@ def _runs(results: Results) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
     def cells(tag: str, texts: Sequence[str]) -> str:
         kinds = [' class="text"' if is_left else "" for is_left in left]
-        return "".join(
-            f"<{tag}{kind}>{escape(text).replace('\n', '<br>')}</{tag}>"
-            for text, kind in zip(texts, kinds, strict=True)
-        )
+        return "".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(texts, kinds, strict=True))
 
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>" if any(heads) else ""
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,11 +69,11 @@ def compare(config: CompareConfig, out: Path, *, command: str = "") -> Results:
 
 def publish(results: Results, out: Path) -> None:
     """Write results.json, the plots and the report."""
-    from crosslayer.compare.plots import curves_png, pareto_png
+    from crosslayer.compare.plots import draw_curves, draw_pareto, to_png
     from crosslayer.compare.report import report_html
 
     write_json(out / "results.json", to_mapping(results))
-    pareto, curves = pareto_png(results), curves_png(results)
+    pareto, curves = to_png(draw_pareto(results)), to_png(draw_curves(results))
     files = {"pareto.png": pareto, "curves.png": curves, "report.html": report_html(results, pareto, curves).encode()}
     for name, content in files.items():
         beside = out / f".{name}.partial"
@@ -84,17 +85,20 @@ def _run_all(config: CompareConfig, data: PreparedData, out: Path) -> list[Run]:
     """Seed by seed, so that what an interruption leaves, or a machine that slows down, treats the designs alike."""
     plan = [(design, seed) for seed in config.seeds for design in config.designs]
     runs: list[Run] = []
+    took: list[float] = []  # seconds of each run trained here
     for design, seed in plan:
-        seconds = [run.seconds for run in runs if run.seconds is not None]
         to_train = [pair for pair in plan[len(runs) :] if not (out / _folder(*pair) / RESULT).exists()]
-        if seconds and to_train:
-            left = sum(seconds) / len(seconds) * len(to_train)
-            print(f"{len(runs)} of {len(plan)} runs done, about {clock(left)} left for the rest", file=sys.stderr)
+        if took and to_train:
+            left = clock(sum(took) / len(took) * len(to_train))
+            print(f"{len(runs)} of {len(plan)} runs done, about {left} left for the rest", file=sys.stderr)
+        started = time.monotonic()
         try:
             runs.append(_run(config, design, seed, data, out, f"[{len(runs) + 1}/{len(plan)}] {design} seed {seed}"))
         except KeyboardInterrupt:
             print(f"\n{len(runs)} of {len(plan)} runs done; the same command goes on from here", file=sys.stderr)
             raise
+        if (design, seed) in to_train and runs[-1].error is None:
+            took.append(time.monotonic() - started)
     return runs
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crosslayer.errors import UserError
-from crosslayer.model.attention import Mask, causal_mask, positional_mask
+from crosslayer.model.attention import Mask, positional_mask
 from crosslayer.plan import ModelConfig
 
 
@@ -132,9 +132,12 @@ class CacheStep:
         return self._masks[key]
 
     def _make_mask(self, window: int | None, capacity: int) -> Mask:
+        # Never a FlexAttention mask: its kernel is compiled anew, for seconds, at every new length of prompt.
         if self.first:
-            return causal_mask(self.num_tokens, window, None, self.device)
-        if self._is_ring(capacity):
+            if window is None or window >= self.num_tokens:
+                return None
+            keys = torch.arange(self.num_tokens)[None]
+        elif self._is_ring(capacity):
             newest = self.old[:, None] - 1
             stored = newest - (newest - torch.arange(capacity)) % capacity  # negative where nothing is stored yet
             keys = torch.cat((stored, self._positions), dim=1)

@@ -20,6 +20,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden [N, C] and weight [V, C] in any float type (autocast is honoured), targets [N] int64. The gradients are
     worked out chunk by chunk in the forward pass, so memory is O(N·C + V·C) instead of O(N·V).
     """
+    if not torch.is_grad_enabled():  # which the function below cannot see: it would work out gradients in vain
+        hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return loss
 

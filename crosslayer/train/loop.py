@@ -138,12 +138,14 @@ class _Run:
                     f"step {done}/{steps}  loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left", last=done == steps
                 )
                 unlogged, rated_at, rated_step = torch.zeros_like(unlogged), now, done
+            paused_at = time.monotonic()
             if recipe.eval_every and done % recipe.eval_every == 0 and done < steps:
                 self._log(metrics, done, **_validation(self._score(recipe.eval_tokens)))
             if recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < steps:
                 seconds = state["seconds"] + time.monotonic() - started
                 progressed = {"seconds": seconds, "unlogged_loss": unlogged.item()}
                 save_state(self.out / "checkpoints", done, self.model, self.step.optimizer, progressed)
+            rated_at += time.monotonic() - paused_at  # tokens per second are those of training alone
         return float(state["seconds"] + time.monotonic() - started)
 
     def _score(self, max_tokens: int | None, progress: Callable[[int, int], None] | None = None) -> Score:

@@ -7,6 +7,7 @@ All compare within `TOLERANCE` of the largest expected value, in float32 unless 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from crosslayer.plan import ModelConfig
 from tests.model.reference import reference_logits, reference_loss
 
 TOLERANCE = 1e-5
+LOG = logging.getLogger("difference")  # `pytest --log-cli-level=info` shows every difference found
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
@@ -56,6 +58,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, want {tuple(expected.shape)}"
     error = difference(actual, expected)
+    LOG.info("%s: relative difference %.1e", what, error)
     assert error <= tolerance, f"{what}: relative difference {error:.2e}"  # also fails on nan
 
 

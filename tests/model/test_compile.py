@@ -21,7 +21,7 @@ from tests.model.checks import (
 def check_compiled(plan: str, backend: str, layers: int, checkpointing: bool = False) -> None:
     """Loss and gradients of one graph without a break are those of the uncompiled model."""
     torch.compiler.reset()
-    model = random_model(tiny_config(plan, num_hidden_layers=layers))
+    model = random_model(tiny_config(plan, num_hidden_layers=layers, attention_bias=True))
     model.model.activation_checkpointing = checkpointing
     tokens = random_tokens(model, 2, 12)
     loss, gradients = loss_and_gradients(model, tokens)
@@ -32,7 +32,7 @@ def check_compiled(plan: str, backend: str, layers: int, checkpointing: bool = F
     assert_same_gradients(compiled_gradients, gradients, "compiled")
 
 
-@pytest.mark.parametrize(("plan", "checkpointing"), [("cla2", False), ("0@5,1@5,1@3/0,1,0", True)])
+@pytest.mark.parametrize(("plan", "checkpointing"), [("cla2", False), ("0@5,0@5,2@3/0,1,1", True)])
 def test_traced(plan: str, checkpointing: bool) -> None:
     check_compiled(plan, "aot_eager", layers=3, checkpointing=checkpointing)
 
@@ -44,7 +44,7 @@ def test_every_design_traced(plan: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["cla3", "yoco:window=5", "0@5,1@5,1@3/0,1,0"])
+@pytest.mark.parametrize("plan", ["cla3", "yoco:window=5", "0@5,0@5,2@3/0,1,1"])
 def test_inductor(plan: str) -> None:
     check_compiled(plan, "inductor", layers=3)
 

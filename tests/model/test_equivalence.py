@@ -97,7 +97,7 @@ def test_bfloat16_model_and_cache_stay_close() -> None:
     cache = ContiguousCache(model.config, 2, 16, dtype=torch.bfloat16)
     with torch.no_grad():
         logits = torch.cat([model(chunk, cache=cache) for chunk in tokens.split(3, dim=1)], dim=1)
-    assert_close(logits, expected, "bfloat16", tolerance=0.1)
+    assert_close(logits, expected, "bfloat16", tolerance=0.03)
 
 
 def test_document_ids_without_boundaries_change_nothing() -> None:
