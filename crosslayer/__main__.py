@@ -1,0 +1,7 @@
+"""python -m crosslayer"""
+
+import sys
+
+from crosslayer.cli import main
+
+sys.exit(main())

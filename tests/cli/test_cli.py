@@ -1,0 +1,172 @@
+"""The command line as a user meets it: results on stdout, one line for a mistake, quick answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from crosslayer.cli import COMMANDS, main
+from crosslayer.compare import CompareConfig
+from crosslayer.compare.config import DEFAULT
+from crosslayer.settings import load_settings
+from crosslayer.train import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model: {hidden_size: 32, intermediate_size: 48, num_hidden_layers: 4, num_attention_heads: 2, design: MQA-CLA2}
+data: {source: text, paths: [%s], vocab_size: 300, valid_fraction: 0.2}
+train: {tokens: 640, sequence_length: 16, batch_size: 4, learning_rate: 1e-2, device: cpu}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, a config and a trained run."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text").mkdir()
+    for n in range(20):
+        (folder / "text" / f"{n}.txt").write_text(f"{n} cats sat on {n + 1} mats and saw {n * n} mice. " * 20)
+    (folder / "config.yaml").write_text(CONFIG % (folder / "text"))
+    assert main(["train", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+def test_train_then_generate_then_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(trained / "run" / "model")
+    assert main(["generate", model, "3 cats", "--max-new-tokens", "5"]) == 0
+    streamed = capsys.readouterr()
+    assert streamed.out.startswith("3 cats")
+    assert "in 2 of 4 layers" in streamed.err
+
+    assert main(["generate", model, "3 cats", "--max-new-tokens", "5", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert streamed.out == f"3 cats{record['text']}\n"
+    assert record["tokens"] == 5
+
+    assert main(["evaluate", model, "--held-out", str(trained / "config.yaml"), "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    result = json.loads((trained / "run" / "result.json").read_text())
+    assert scored["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-5)
+    assert scored["bits_per_byte"] == pytest.approx(result["validation"]["bits_per_byte"], rel=1e-5)
+
+    assert main(["evaluate", model, "--text", str(trained / "text" / "1.txt"), "--stride", "4"]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_a_batch_of_prompts_equals_each_alone(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, prompts = str(trained / "run" / "model"), ["3 cats", "11 cats sat on", "and"]
+    (trained / "prompts.txt").write_text("\n".join(prompts))
+    (trained / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    outputs = []
+    for arguments in (["--prompts", "prompts.txt"], ["--prompts", "prompts.jsonl"]):
+        options = [arguments[0], str(trained / arguments[1]), "--max-new-tokens", "6", "--json"]
+        assert main(["generate", model, *options]) == 0
+        outputs.append(json.loads(capsys.readouterr().out))
+    assert outputs[0] == outputs[1]
+    for prompt, record in zip(prompts, outputs[0], strict=True):
+        assert main(["generate", model, prompt, "--max-new-tokens", "6", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == [record]
+
+
+def test_json_goes_to_a_file_beside_the_table(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = trained / "result-copy.json"
+    command = ["train", str(trained / "config.yaml"), "--out", str(trained / "run"), "--json", str(file)]
+    assert main(command) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert json.loads(file.read_text()) == json.loads((trained / "run" / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generate {none} hello", "no model folder"),
+        ("generate {model} --prompts {none}", "No such file"),
+        ("generate {model} --prompts {bad}", "line 1"),
+        ("generate {model} hello --max-new-tokens 0", "must be positive"),
+        ("generate {model} hello --temperature -1", "temperature"),
+        ("generate {model} hello --device nonsense", "nonsense"),
+        ("evaluate {model} --text {none}", "none"),
+        ("evaluate {model} --window 0", "positive"),
+        ("evaluate {model} --window 8 --stride 9", "stride"),
+        ("train --out {out}", "want a config file"),
+        ("train {config} {config} --out {out}", "one config file"),
+        ("train {none} --out {out}", "no such file"),
+        ("train {config} train.tokns=3 --out {out}", "did you mean train.tokens"),
+        ("train {config} train.tokens=many --out {out}", "train.tokens must be a whole number"),
+        ("train {config} model.design=cla22x --out {out}", "cla22x"),
+        ("train {config} model.design=lckv --out {out}", "above"),
+        ("train {config} train.seed=5 --out {run}", "train.seed"),
+        ("compare {config} --out {out}", "designs is missing"),
+        ("plan --preset paper-9b", "paper-9b"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_status_2(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}')
+    places = {
+        "none": tmp_path / "none",
+        "bad": tmp_path / "bad.jsonl",
+        "out": tmp_path / "out",
+        "model": trained / "run" / "model",
+        "config": trained / "config.yaml",
+        "run": trained / "run",
+    }
+    try:
+        status = main(command.format(**places).split())
+    except SystemExit as exit:
+        status = exit.code  # type: ignore[assignment]
+    errors = capsys.readouterr().err
+    assert status == 2
+    last = errors.strip().splitlines()[-1]
+    assert message in last
+    assert last.startswith("crosslayer")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["plan"], "run", interrupt)
+    assert main(["plan", "--preset", "paper-1b"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_answer_at_once_and_without_torch(option: str) -> None:
+    program = f"""
+import sys
+from crosslayer.cli import main
+try:
+    main([{option!r}])
+finally:
+    heavy = {{"torch", "numpy", "matplotlib", "tokenizers", "yaml"}} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert time.perf_counter() - started < 1
+    assert "crosslayer" in done.stdout
+    if option == "--help":
+        assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m crosslayer plan --preset paper-1b H128-MQA H128-MQA-CLA2 | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""
+
+
+def test_the_configs_that_we_ship_can_be_read() -> None:
+    assert (configs := sorted((ROOT / "configs").glob("**/*.yaml")))
+    for file in configs:
+        load_settings(TrainConfig, file)
+    assert load_settings(CompareConfig, DEFAULT).designs == ("H32-MQA", "H32-MQA-CLA2", "H16-MQA")
