@@ -112,8 +112,9 @@ def _batches(
         done, start = stop, start + stride
         if len(rows) == batch_size or done == limit:
             # Only the last window can be shorter; what pads it on the right is neither seen nor scored.
+            width = len(rows[0][0])
             inputs, targets, scored = (
-                np.stack([np.pad(part, (0, length - len(part))) for part in column])
+                np.stack([np.pad(part, (0, width - len(part))) for part in column])
                 for column in zip(*rows, strict=True)
             )
             yield inputs, targets, scored, num_bytes

@@ -106,9 +106,10 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)
         if sampling.top_k:
             ordered[:, sampling.top_k :] = -torch.inf
-        probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        ordered[before >= sampling.top_p] = -torch.inf  # the token that crosses the threshold stays
+        if sampling.top_p < 1:
+            probabilities = ordered.softmax(dim=-1)
+            before = probabilities.cumsum(dim=-1) - probabilities
+            ordered[before >= sampling.top_p] = -torch.inf  # the token that crosses the threshold stays
         scores = scores.scatter(-1, order, ordered)
     # The exponential race: argmax of p / e, with e ~ Exp(1), falls on each token with probability p.
     race = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in generators])

@@ -30,7 +30,7 @@ def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
     if len(projections) < 2 or not torch.compiler.is_compiling():
         return tuple(projection(x) for projection in projections)
     weight = torch.cat(tuple(projection.weight for projection in projections))
-    biases = [projection.bias for projection in projections if projection.bias is not None]
+    biases = tuple(projection.bias for projection in projections if projection.bias is not None)
     widths = [projection.out_features for projection in projections]
     return torch.split(nn.functional.linear(x, weight, torch.cat(biases) if biases else None), widths, dim=-1)
 

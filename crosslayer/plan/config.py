@@ -190,6 +190,7 @@ class ModelConfig:
             (True, True, False): "llama",
             (True, False, False): "qwen2",
             (False, False, True): "qwen3",
+            (True, True, True): "qwen3",
         }
         return known.get(kind, "crosslayer")
 

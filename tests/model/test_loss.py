@@ -64,7 +64,7 @@ def test_float32_and_extreme_logits() -> None:
 
 
 def test_bfloat16_autocast() -> None:
-    """Products are rounded to bfloat16 (8 bits): a logit is off by at most 2^-8 of its size, gradients by about that."""
+    """Products are rounded to bfloat16: a logit is off by at most 2^-8 of its size, a gradient by about that."""
     hidden, weight, targets = random_input(n=256, c=32, v=300, dtype=torch.float32)
     expected_loss, *expected_gradients = expected_of(hidden, weight, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
