@@ -38,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.description = module.HELP
     module.add_arguments(command)
     arguments = command.parse_intermixed_args(given[1:])  # options may stand anywhere
-    warnings.formatwarning = lambda message, *_, **__: f"{command.prog}: warning: {message}\n"
     try:
-        module.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{command.prog}: warning: {message}", file=sys.stderr)
+            module.run(arguments)
         sys.stdout.flush()
     except UserError as error:
         print(f"{command.prog}: {error}", file=sys.stderr)

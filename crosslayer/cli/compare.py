@@ -7,7 +7,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from crosslayer.cli.common import add_json_argument, add_settings_argument, split_settings, write_json_output
+from crosslayer.cli.common import (
+    add_json_argument,
+    add_settings_argument,
+    check_json_argument,
+    split_settings,
+    write_json_output,
+)
 
 HELP = "train several designs under one budget and show what each saves and costs"
 
@@ -26,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     file, overrides = split_settings(arguments)
+    check_json_argument(arguments)
 
     from crosslayer.compare import CompareConfig, compare, format_table
     from crosslayer.compare.config import DEFAULT

@@ -88,17 +88,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _read_prompts(file: Path) -> list[str]:
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines, which also splits at characters that JSON may have inside a string.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"--prompts {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {file}: not UTF-8 at byte {error.start}") from None
-    if not lines:
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
         raise UserError(f"--prompts {file}: no prompts in it")
     if file.suffix != ".jsonl":
-        return lines
+        return [line for _, line in numbered]
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered:
         try:
             prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 # Logits made at a time. On a CPU few enough for its cache; on a GPU enough rows for the matmuls to run at full speed.
 CPU_CHUNK = 2**19
-GPU_CHUNK = 2**29
+GPU_CHUNK = 2**30
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = torch.empty_like(h) if want_hidden else None
             weight_grad: Tensor | None = None
             total = torch.zeros((), dtype=accurate, device=hidden.device)
-            rows = max(1, (GPU_CHUNK if device == "cuda" else CPU_CHUNK) // weight.shape[0])
+            rows = _chunk_rows(weight.shape[0], device)
             softmax = _compiled_softmax() if device == "cuda" else _softmax
             for start in range(0, hidden.shape[0], rows):
                 chunk = h[start : start + rows]
@@ -62,6 +62,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return hidden_grad, weight_grad, None
+
+
+def _chunk_rows(vocab_size: int, device: str) -> int:
+    if device != "cuda":
+        return max(1, CPU_CHUNK // vocab_size)
+    return max(1, GPU_CHUNK // vocab_size // 1024) * 1024  # whole tiles of the matmul
 
 
 def _softmax(logits: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,15 +27,17 @@ train: {tokens: 640, sequence_length: 16, batch_size: 4, learning_rate: 1e-2, de
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with text, a config and a trained run."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text").mkdir()
     for n in range(20):
         (folder / "text" / f"{n}.txt").write_text(f"{n} cats sat on {n + 1} mats and saw {n * n} mice. " * 20)
     (folder / "config.yaml").write_text(CONFIG % (folder / "text"))
-    assert main(["train", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROSSLAYER_CACHE", str(folder / "cache"))
+        assert main(["train", str(folder / "config.yaml"), "--out", str(folder / "run")]) == 0
+        yield folder
 
 
 def test_train_then_generate_then_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +77,17 @@ def test_a_batch_of_prompts_equals_each_alone(trained: Path, capsys: pytest.Capt
         assert json.loads(capsys.readouterr().out) == [record]
 
 
+def test_a_line_of_prompts_ends_at_the_end_of_the_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not at other characters that Unicode counts as line ends, which JSON allows inside a string."""
+    prompt = "3 cats\u2028sat"
+    (trained / "lines.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False), encoding="utf-8")
+    (trained / "lines.txt").write_text(prompt + "\r\n", encoding="utf-8")
+    for name in ("lines.jsonl", "lines.txt"):
+        options = ["--prompts", str(trained / name), "--max-new-tokens", "1", "--json"]
+        assert main(["generate", str(trained / "run" / "model"), *options]) == 0
+        assert [record["prompt"] for record in json.loads(capsys.readouterr().out)] == [prompt]
+
+
 def test_json_goes_to_a_file_beside_the_table(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = trained / "result-copy.json"
     command = ["train", str(trained / "config.yaml"), "--out", str(trained / "run"), "--json", str(file)]
@@ -81,17 +96,88 @@ def test_json_goes_to_a_file_beside_the_table(trained: Path, capsys: pytest.Capt
     assert json.loads(file.read_text()) == json.loads((trained / "run" / "result.json").read_text())
 
 
+def test_options_may_stand_anywhere(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, config, run = str(trained / "run" / "model"), str(trained / "config.yaml"), str(trained / "run")
+    texts = []
+    for arguments in (
+        ["3 cats", "--max-new-tokens", "5", "--temperature", "1", "--seed", "7"],
+        ["--max-new-tokens", "5", "3 cats", "--temperature", "1", "--seed", "7"],
+        ["--seed", "7", "--max-new-tokens", "5", "--temperature", "1", "--", "3 cats"],
+    ):
+        assert main(["generate", model, *arguments]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+    assert main(["generate", model, "--max-new-tokens", "5", "--", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("--help")
+    # Settings after an option are settings all the same: this one is not what the folder was started with.
+    assert main(["train", config, "--out", run, "train.seed=5"]) == 2
+    assert "train.seed" in capsys.readouterr().err
+
+
+def test_what_the_model_was_not_made_for_is_warned_of(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(trained / "run" / "model")
+    assert main(["generate", model, "3 cats", "--max-new-tokens", "50"]) == 0
+    warning, _ = capsys.readouterr().err.splitlines()
+    assert warning.startswith("crosslayer generate: warning: ")
+    assert "beyond the model's context of 16" in warning
+    assert main(["evaluate", model, "--text", str(trained / "text" / "1.txt"), "--window", "17"]) == 0
+    assert "warning: 17 tokens go beyond the model's context of 16" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_reported_in_a_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = trained / "stopped"
+    command = ["train", str(trained / "config.yaml"), "train.checkpoint_every=4", "--out", str(out)]
+    assert main(command) == 0
+    (out / "result.json").unlink()
+    (out / "checkpoints" / "step-00000008" / "state.json").write_text("{}")
+    capsys.readouterr()
+    assert main(command) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("crosslayer train: warning: skipping a damaged checkpoint: ")
+    assert "step-00000008" in first
+
+
+def test_a_tokenizer_that_does_not_fit_or_is_not_there(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained / "changed"
+    shutil.copytree(trained / "run" / "model", folder)
+    (folder / "checksums.json").unlink()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 300, "content": "<|more|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["generate", str(folder), "hello"]) == 2
+    assert "the tokenizer has 301 tokens, the model only 300" in capsys.readouterr().err
+    (folder / "tokenizer.json").unlink()
+    assert main(["evaluate", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tokenizer.json cannot be read" in line
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         ("generate {none} hello", "no model folder"),
+        ("generate {run} hello", "its model is in"),
+        ("generate {model}", "want either a PROMPT or --prompts FILE"),
+        ("generate {model} hello --prompts {bad}", "want either a PROMPT or --prompts FILE"),
+        ("generate {model} hello --json world", "--json writes to a file named *.json, got 'world'"),
+        ("generate {model} hello --json {none}/a.json", "no such folder"),
+        ("generate {model} --prompts {empty}", "no prompts in it"),
+        ("generate {model} --prompts {latin}", "not UTF-8 at byte 3"),
+        ("generate {model} --prompts {number}", "line 2 is not an object"),
+        ("generate {model} hello --max-new-tokens many", "invalid int value: 'many'; see crosslayer generate --help"),
+        ("generate {model} hello --top-k -1", "top_k must not be negative"),
+        ("generate {model} hello --top-p 0", "top_p must lie above 0"),
         ("generate {model} --prompts {none}", "No such file"),
         ("generate {model} --prompts {bad}", "line 1"),
         ("generate {model} hello --max-new-tokens 0", "must be positive"),
         ("generate {model} hello --temperature -1", "temperature"),
         ("generate {model} hello --device nonsense", "nonsense"),
         ("evaluate {model} --text {none}", "none"),
+        ("evaluate {model} --text {empty}", "the text has 0 tokens"),
+        ("evaluate {model} --held-out {none}", "no such file"),
         ("evaluate {model} --window 0", "positive"),
+        ("evaluate {model} --stride 0", "--stride must be positive"),
+        ("evaluate {model} --batch -3", "--batch must be positive"),
         ("evaluate {model} --window 8 --stride 9", "stride"),
         ("train --out {out}", "want a config file"),
         ("train {config} {config} --out {out}", "one config file"),
@@ -104,15 +190,24 @@ def test_json_goes_to_a_file_beside_the_table(trained: Path, capsys: pytest.Capt
         ("compare {config} --out {out}", "designs is missing"),
         ("plan --preset paper-9b", "paper-9b"),
         ("nonsense", "nonsense"),
+        ("", "required: COMMAND; see crosslayer --help"),
+        ("train {config}", "required: --out; see crosslayer train --help"),
+        ("train {config} --out {bad}", "cannot be written"),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": 1}')
+    (tmp_path / "number.jsonl").write_text('\n{"prompt": 1}')
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     places = {
         "none": tmp_path / "none",
         "bad": tmp_path / "bad.jsonl",
+        "number": tmp_path / "number.jsonl",
+        "empty": tmp_path / "empty.txt",
+        "latin": tmp_path / "latin.txt",
         "out": tmp_path / "out",
         "model": trained / "run" / "model",
         "config": trained / "config.yaml",
@@ -124,10 +219,9 @@ def test_a_mistake_gets_one_line_and_status_2(
         status = exit.code  # type: ignore[assignment]
     errors = capsys.readouterr().err
     assert status == 2
-    last = errors.strip().splitlines()[-1]
-    assert message in last
-    assert last.startswith("crosslayer")
-    assert "Traceback" not in errors
+    (line,) = errors.splitlines()
+    assert message in line
+    assert line.startswith("crosslayer")
     assert not (tmp_path / "out" / "model").exists()
 
 
@@ -151,9 +245,12 @@ finally:
     heavy = {{"torch", "numpy", "matplotlib", "tokenizers", "yaml"}} & set(sys.modules)
     assert not heavy, heavy
 """
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert time.perf_counter() - started < 1
+    seconds = []
+    for _ in range(3):  # the best of three, as other work may get in the way of one
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1
     assert "crosslayer" in done.stdout
     if option == "--help":
         assert all(name in done.stdout for name in COMMANDS)

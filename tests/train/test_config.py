@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +121,13 @@ def test_a_bad_model_is_refused_when_the_config_is_read() -> None:
         TrainConfig({**MODEL, "hiden_size": 3})
     with pytest.raises(UserError, match=r"^model\.hidden_size is missing$"):
         TrainConfig({"num_hidden_layers": 4})
+
+
+def test_the_guide_explains_every_setting() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    model = {field.name for field in fields(ModelConfig)} - {"sharing_plan", "bos_token_id", "eos_token_id"}
+    for name in model | {"preset", "design"} | {field.name for field in fields(Recipe)}:
+        assert f"`{name}`" in guide, name
 
 
 def test_a_config_survives_its_mapping() -> None:
