@@ -18,6 +18,7 @@ from crosslayer import checkpoint
 from crosslayer.data import Batch, PreparedData, Tokenizer, TrainBatches
 from crosslayer.errors import UserError
 from crosslayer.evaluate import Score, score
+from crosslayer.model import transformer as transformer_module
 from crosslayer.train import Recipe
 from crosslayer.train import loop as loop_module
 from crosslayer.train import step as step_module
@@ -162,9 +163,21 @@ def test_the_seed_decides(data: PreparedData, tmp_path: Path) -> None:
     assert metrics(tmp_path / "a")[0] != metrics(tmp_path / "c")[0]
 
 
-def test_activation_checkpointing_changes_nothing(data: PreparedData, tmp_path: Path) -> None:
+def test_activation_checkpointing_changes_nothing(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(data, tmp_path / "plain")
+    checkpointed_blocks = 0
+    plain = transformer_module.checkpoint
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal checkpointed_blocks
+        checkpointed_blocks += 1
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(transformer_module, "checkpoint", counting)
     run(data, tmp_path / "checkpointed", activation_checkpointing=True)
+    assert checkpointed_blocks == 10 * 4  # steps, layers
     assert same_weights(tmp_path / "plain", tmp_path / "checkpointed")
 
 
