@@ -44,7 +44,7 @@ class Recipe:
     activation_checkpointing: bool = False
     eval_every: int = 0
     eval_tokens: int = 100_000
-    checkpoint_every: int = 0
+    checkpoint_every: int = 500
     log_every: int = 10
     tensorboard: bool = False
 
