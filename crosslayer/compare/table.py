@@ -119,7 +119,7 @@ def describe_noise(results: Results) -> list[str]:
         return [f"{text}."]
     return [
         f"{text}, and the difference of two designs at the same seed one of {noise.difference_std:.4f}. With these "
-        f"seeds, a difference of less than about {noise.resolvable:.4f} does not show."
+        f"seeds, a difference of less than about {noise.resolvable:.4f} will usually not show."
     ]
 
 
