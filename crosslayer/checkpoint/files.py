@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from crosslayer.errors import UserError
+from crosslayer.files import read_json, write_json
 
 CHECKSUMS = "checksums.json"
 
@@ -75,26 +74,6 @@ def check_folder(folder: Path) -> None:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError names the file where it is missing, broken, or something else."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: want a JSON object")
-    return data
-
-
-def write_json(file: Path, data: Any) -> None:
-    """Write JSON so that `file` is at every moment absent, the old one, or the whole new one."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    beside.replace(file)
 
 
 def _flush(path: Path) -> None:

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosslayer.checkpoint.files import check_folder, new_folder, read_json, write_json
+from crosslayer.checkpoint.files import check_folder, new_folder
 from crosslayer.errors import UserError
+from crosslayer.files import read_json, write_json
 from crosslayer.model import Transformer
 from crosslayer.plan import ModelConfig
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from crosslayer.checkpoint.files import CHECKSUMS, check_folder, new_folder, read_json, write_json
+from crosslayer.checkpoint.files import CHECKSUMS, check_folder, new_folder
 from crosslayer.errors import UserError
+from crosslayer.files import read_json, write_json
 
 KEPT = 2
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosslayer.errors import UserError
+from crosslayer.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -77,10 +77,8 @@ def write_json_output(destination: str, data: Any) -> None:
     if destination == "-":
         sys.stdout.write(text)
         return
-    beside = Path(destination).with_name(f".{Path(destination).name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(destination)
+        write_whole(Path(destination), text)
     except OSError as error:
         raise UserError(f"--json {destination}: {error.strerror}") from None
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from crosslayer.cli.common import add_json_argument, write_json_output
 from crosslayer.errors import UserError
+from crosslayer.files import write_whole
 from crosslayer.plan import ModelConfig
 from crosslayer.plan.cost import BYTES_PER_ELEMENT, Cost
 from crosslayer.plan.draw import draw
@@ -139,11 +141,9 @@ def _plot(path: Path, designs: list[tuple[str, ModelConfig]], workload: dict[str
     from crosslayer.plan.plot import plot_costs
 
     figure = plot_costs(designs, **workload)
-    beside = path.with_name(f".{path.name}.partial")
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=160)
     try:
-        figure.savefig(beside, format=path.suffix[1:].lower(), dpi=160)
-        beside.replace(path)
+        write_whole(path, drawn.getvalue())
     except OSError as error:
         raise UserError(f"--plot {path}: {error.strerror}") from None
-    finally:
-        beside.unlink(missing_ok=True)

@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 
 from crosslayer import checkpoint
-from crosslayer.checkpoint.files import write_json
 from crosslayer.compare.config import CompareConfig, Sample, design_folder
 from crosslayer.compare.results import Continuation, Curve, DesignResult, Results, Run, Shape, Summary, compare_losses
 from crosslayer.data import PreparedData, prepare
 from crosslayer.environment import describe_environment
 from crosslayer.errors import UserError
+from crosslayer.files import write_json, write_whole
 from crosslayer.model import ContiguousCache
 from crosslayer.model.generate import generate, make_cache
 from crosslayer.plan import ModelConfig
 from crosslayer.plan.cost import kv_bytes, num_parameters
 from crosslayer.settings import to_mapping
-from crosslayer.train import make_model_config, train
+from crosslayer.train import train
 from crosslayer.train.host import choose_device
 from crosslayer.train.loop import RESULT, claim_folder
 from crosslayer.train.metrics import clock, read_metrics
@@ -76,9 +76,7 @@ def publish(results: Results, out: Path) -> None:
     pareto, curves = to_png(draw_pareto(results)), to_png(draw_curves(results))
     files = {"pareto.png": pareto, "curves.png": curves, "report.html": report_html(results, pareto, curves).encode()}
     for name, content in files.items():
-        beside = out / f".{name}.partial"
-        beside.write_bytes(content)
-        beside.replace(out / name)
+        write_whole(out / name, content)
 
 
 def _run_all(config: CompareConfig, data: PreparedData, out: Path) -> list[Run]:
@@ -151,13 +149,7 @@ def _design_result(config: CompareConfig, design: str, runs: Sequence[Run], data
 
 
 def _model_config(config: CompareConfig, design: str, data: PreparedData) -> ModelConfig:
-    settings = config.training(design, config.seeds[0]).model
-    return make_model_config(
-        settings,
-        vocab_size=data.tokenizer.vocab_size,
-        eos_token_id=data.tokenizer.eos_id,
-        context=config.train.sequence_length,
-    )
+    return config.training(design, config.seeds[0]).model_config(data.tokenizer)
 
 
 def _shape(model: ModelConfig, context: int) -> Shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from crosslayer.errors import UserError
+from crosslayer.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 # What existing tokenizers call the token that ends a document, the most telling first.
@@ -96,9 +96,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes `files` into an existing folder, each beside its place and then renamed."""
         for name, content in self.files().items():
-            beside = Path(folder, f".{name}.{os.getpid()}")
-            beside.write_text(content, encoding="utf-8")
-            beside.replace(Path(folder, name))
+            write_whole(Path(folder, name), content)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids

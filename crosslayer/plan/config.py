@@ -7,13 +7,13 @@ can express, the config.json written here is plainly that model's; anything else
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from crosslayer.errors import UserError
+from crosslayer.files import read_json
 from crosslayer.plan.sharing import SharingPlan
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "crosslayer")
@@ -275,14 +275,9 @@ class ModelConfig:
             UserError: the file is missing or is not JSON, or as `from_dict`; the message names the file.
         """
         file = path / "config.json" if path.is_dir() else path
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; a model folder has a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: not JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{file}: want a JSON object")
+        if not file.exists():
+            raise UserError(f"{file}: no such file; a model folder has a config.json")
+        data = read_json(file)
         try:
             return cls.from_dict(data)
         except UserError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from crosslayer.data import DataConfig
+from crosslayer.data import DataConfig, Tokenizer
 from crosslayer.errors import UserError
 from crosslayer.plan import ModelConfig, parse_design, preset
 from crosslayer.settings import from_mapping, to_mapping, unknown_key
@@ -92,6 +92,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # Checks the model's settings before any work is done; the vocabulary size is not known yet.
         make_model_config(self.model, vocab_size=256, eos_token_id=None, context=self.train.sequence_length)
+
+    def model_config(self, tokenizer: Tokenizer) -> ModelConfig:
+        """The model that the run trains, for text cut by `tokenizer`."""
+        return make_model_config(
+            self.model,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_id=tokenizer.eos_id,
+            context=self.train.sequence_length,
+        )
 
 
 def make_model_config(

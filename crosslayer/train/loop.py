@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from crosslayer import checkpoint
-from crosslayer.checkpoint.files import read_json, write_json
 from crosslayer.checkpoint.state import load_state, save_state
 from crosslayer.data import PreparedData, TrainBatches
 from crosslayer.environment import describe_environment
 from crosslayer.errors import UserError
 from crosslayer.evaluate import Score, score
+from crosslayer.files import read_json, write_json
 from crosslayer.model import Transformer
 from crosslayer.settings import to_mapping
-from crosslayer.train.config import TrainConfig, make_model_config
+from crosslayer.train.config import TrainConfig
 from crosslayer.train.host import autocast, choose_device
 from crosslayer.train.metrics import MetricsWriter, ProgressLine, clock, import_summary_writer
 from crosslayer.train.step import TrainStep
@@ -81,12 +81,7 @@ class _Run:
     def __init__(self, config: TrainConfig, data: PreparedData, out: Path, label: str) -> None:
         self.recipe, self.data, self.out, self.label = config.train, data, out, label
         recipe, tokenizer = self.recipe, data.tokenizer
-        model_config = make_model_config(
-            config.model,
-            vocab_size=tokenizer.vocab_size,
-            eos_token_id=tokenizer.eos_id,
-            context=recipe.sequence_length,
-        )
+        model_config = config.model_config(tokenizer)
         self.device = choose_device(recipe.device)
         self.model = Transformer(model_config, seed=recipe.seed).to(self.device)
         self.step = TrainStep(self.model, recipe)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from crosslayer.errors import UserError
+from crosslayer.files import write_whole
 
 
 class MetricsWriter:
@@ -25,9 +26,7 @@ class MetricsWriter:
         summary_writer = import_summary_writer() if tensorboard else None
         self._file = folder / "metrics.jsonl"
         kept = [line for line in _lines(self._file) if line["step"] <= first_step]
-        scratch = self._file.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        scratch.replace(self._file)
+        write_whole(self._file, "".join(json.dumps(line) + "\n" for line in kept))
         self._tensorboard: Any = None
         if summary_writer:
             self._tensorboard = summary_writer(folder / "tensorboard", purge_step=first_step + 1)

@@ -1,0 +1,38 @@
+"""Files that are either whole or not there: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from crosslayer.errors import UserError
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) so that `file` is at every moment absent, the old one, or the whole new one."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write JSON as `write_whole` does."""
+    write_whole(file, json.dumps(data, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError names the file where it is missing, broken, or something else."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: want a JSON object")
+    return data
