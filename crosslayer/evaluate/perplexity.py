@@ -13,7 +13,6 @@ from torch import Tensor
 from crosslayer.data import TokenStream
 from crosslayer.errors import UserError
 from crosslayer.model import Transformer
-from crosslayer.model.loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,8 @@ def score(
     limit = len(stream) - 1 if max_tokens is None else min(max_tokens, len(stream) - 1)
     for inputs, targets, scored, text_bytes in _batches(stream, sequence_length, stride, batch_size, limit):
         ids = torch.from_numpy(inputs).to(device)
-        hidden = model.model(ids, document_ids=_document_ids(ids, mask_documents_at))
-        keep = torch.from_numpy(scored).to(device)
-        chosen = torch.from_numpy(targets).to(device)[keep]
-        total_loss += linear_cross_entropy(hidden[keep], model.lm_head.weight, chosen).item()
+        wanted = torch.from_numpy(np.where(scored, targets, -1)).to(device)
+        total_loss += model(ids, wanted, document_ids=_document_ids(ids, mask_documents_at)).item()
         tokens += int(scored.sum())
         num_bytes += text_bytes
         if progress is not None:

@@ -17,7 +17,8 @@ GPU_CHUNK = 2**30
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weightᵀ)[target], as a scalar of at least float32.
 
-    hidden [N, C] and weight [V, C] in any float type (autocast is honoured), targets [N] int64. The gradients are
+    hidden [N, C] and weight [V, C] in any float type (autocast is honoured), targets [N] int64, of which negative ones
+    count for nothing. The gradients are
     worked out chunk by chunk in the forward pass, so memory is O(N·C + V·C) instead of O(N·V).
     """
     if not torch.is_grad_enabled():  # which the function below cannot see: it would work out gradients in vain
@@ -74,11 +75,14 @@ def _softmax(logits: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, 
     """The loss of each row of logits [N, V], and its gradient by them (empty where not wanted)."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     normaliser = exact.logsumexp(dim=-1, keepdim=True)
-    losses = normaliser.squeeze(-1) - exact.gather(1, targets[:, None]).squeeze(-1)
+    counts = targets >= 0
+    losses = normaliser.squeeze(-1) - exact.gather(1, targets.clamp(min=0)[:, None]).squeeze(-1)
+    losses = torch.where(counts, losses, 0.0)
     if not want_grad:
         return losses, losses.new_empty(0)
     hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    return losses, ((exact - normaliser).exp() - hit.to(exact.dtype)).to(logits.dtype)
+    grad = (exact - normaliser).exp() - hit.to(exact.dtype)
+    return losses, torch.where(counts[:, None], grad, 0.0).to(logits.dtype)
 
 
 @cache

@@ -10,6 +10,8 @@ Dimensions: B batch, T new tokens, S tokens that may be seen, H query heads, G k
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from crosslayer.errors import UserError
 from crosslayer.model.attention import Mask, attend, causal_mask
 from crosslayer.model.cache import CacheStep, ContiguousCache
+from crosslayer.model.loss import linear_cross_entropy
 from crosslayer.model.rope import apply_rope, rope_tables
 from crosslayer.plan import ModelConfig
 
 RopeTables = tuple[Tensor, Tensor]
+# What the backward pass recomputes instead of keeping: nothing, each block, or each group of layers that share.
+Recompute = Literal["none", "block", "group"]
 
 
 def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
@@ -152,7 +157,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Recompute = "none"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -187,24 +192,43 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)
         if torch.is_autocast_enabled(device.type):  # the residual stream, too, is in the lower precision
             x = x.to(torch.get_autocast_dtype(device.type))
+        recompute = self.activation_checkpointing if step is None and torch.is_grad_enabled() else "none"
+        if recompute == "group":
+            for layers in plan.layer_groups:
+                x = checkpoint(self._run, layers, x, rope, masks, None, use_reentrant=False)
+        else:
+            x = self._run(range(plan.num_layers), x, rope, masks, step, checkpoint_blocks=recompute == "block")
+        if cache is not None and step is not None:
+            cache.advance(step)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def _run(
+        self,
+        layers: Iterable[int],
+        x: Tensor,
+        rope: RopeTables,
+        masks: list[Mask],
+        step: CacheStep | None,
+        checkpoint_blocks: bool = False,
+    ) -> Tensor:
+        """Some layers, of which none reads a layer outside."""
+        plan = self.config.plan
         keys: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
-        for layer, block in enumerate(self.layers):
+        for layer in layers:
             key_source, value_source = plan.key_sources[layer], plan.value_sources[layer]
             inputs = (x, keys.get(key_source), values.get(value_source), rope, masks[layer], step)
-            if self.activation_checkpointing and step is None and torch.is_grad_enabled():
-                x, k, v = checkpoint(block, *inputs, use_reentrant=False)
+            if checkpoint_blocks:
+                x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False)
             else:
-                x, k, v = block(*inputs)
+                x, k, v = self.layers[layer](*inputs)
             keys[key_source], values[value_source] = k, v
             if plan.key_slots[key_source].readers[-1] == layer:
                 del keys[key_source]
             if plan.value_slots[value_source].readers[-1] == layer:
                 del values[value_source]
-        if cache is not None and step is not None:
-            cache.advance(step)
-        hidden: Tensor = self.norm(x)
-        return hidden
+        return x
 
 
 class Transformer(nn.Module):
@@ -247,16 +271,20 @@ class Transformer(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        targets: Tensor | None = None,
         *,
         cache: ContiguousCache | None = None,
         new_lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, vocab_size] for token ids [B, T].
+        """Logits [B, T, vocab_size] for token ids [B, T]; with `targets` [B, T], the sum of their losses instead.
 
-        With a `cache`, the tokens continue each row; rows that bring fewer than T tokens say so in `new_lengths` [B],
-        and what follows is ignored. With `document_ids` [B, T], tokens attend only within their own document.
+        The loss of a target is its -log probability in nats; negative targets are left out. With a `cache`, the tokens
+        continue each row; rows that bring fewer than T tokens say so in `new_lengths` [B], and what follows is
+        ignored. With `document_ids` [B, T], tokens attend only within their own document.
         """
         hidden = self.model(input_ids, cache=cache, new_lengths=new_lengths, document_ids=document_ids)
+        if targets is not None:
+            return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits: Tensor = self.lm_head(hidden)
         return logits

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 from crosslayer.errors import UserError
@@ -161,6 +162,12 @@ class SharingPlan:
             for cut in range(1, self.num_layers)
             if all((source >= cut) == (layer >= cut) for layer, pair in enumerate(pairs) for source in pair)
         )
+
+    @property
+    def layer_groups(self) -> tuple[range, ...]:
+        """The layers between two legal cuts, bottom to top: none reads a layer outside its group."""
+        bounds = (0, *self.pipeline_cuts, self.num_layers)
+        return tuple(range(start, stop) for start, stop in pairwise(bounds))
 
     @property
     def group_sizes(self) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     compile: bool | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "block", "group"] = "none"
     eval_every: int = 0
     eval_tokens: int = 100_000
     checkpoint_every: int = 500

@@ -120,7 +120,7 @@ class _Run:
         rated_step = first
         unlogged = torch.tensor(state["unlogged_loss"], device=self.device)  # summed over the steps since the last log
         for step in range(first, steps):
-            unlogged += self.step(step, self.batches[step])
+            unlogged += self.step(step, self.batches[step]).loss
             done = step + 1
             if done % recipe.log_every == 0 or done == steps:
                 loss = unlogged.item() / (step % recipe.log_every + 1)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from crosslayer.data import Batch
 from crosslayer.model import Transformer
-from crosslayer.model.loss import linear_cross_entropy
 from crosslayer.train.config import Recipe
 from crosslayer.train.host import autocast
 from crosslayer.train.optimizer import clipped_step, learning_rate_at, make_optimizer
+
+
+class StepOutput(NamedTuple):
+    """Mean loss of a batch, and the norm of its gradients before clipping: scalars on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
 
 
 class TrainStep:
@@ -32,8 +40,8 @@ class TrainStep:
             for block in model.model.layers:
                 block.compile()
 
-    def __call__(self, step: int, batch: Batch) -> Tensor:
-        """Update the weights with step number `step` (from 0); returns the batch's mean loss, on the device."""
+    def __call__(self, step: int, batch: Batch) -> StepOutput:
+        """Update the weights with step number `step` (from 0)."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(
@@ -49,9 +57,9 @@ class TrainStep:
             loss = self._loss(batch, slice(start, start + micro)) / recipe.tokens_per_step
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        clipped_step(self.optimizer, recipe.clip)
+        norm = clipped_step(self.optimizer, recipe.clip)
         self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return StepOutput(total, norm)
 
     def _loss(self, batch: Batch, rows: slice) -> Tensor:
         """Summed loss of some rows of a batch."""
@@ -68,5 +76,5 @@ class TrainStep:
         assert inputs is not None
         assert targets is not None
         with autocast(self.device, self.recipe.precision):
-            hidden = self.model.model(inputs, document_ids=on_device("document_ids"))
-            return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten())
+            loss: Tensor = self.model(inputs, targets, document_ids=on_device("document_ids"))
+        return loss

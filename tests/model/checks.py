@@ -167,16 +167,18 @@ def activation_checkpointing(model: Transformer) -> None:
         nonlocal runs
         runs += 1
 
-    hook = model.model.layers[0].mlp.register_forward_pre_hook(count)
-    model.model.activation_checkpointing = True
-    try:
-        checkpointed_loss, checkpointed = loss_and_gradients(model, tokens)
-    finally:
-        model.model.activation_checkpointing = False
-        hook.remove()
-    assert runs == 2, f"the first layer ran {runs} times, so nothing was recomputed"
-    assert_close(checkpointed_loss, loss, "loss")
-    assert_same_gradients(checkpointed, gradients, "activation checkpointing")
+    for recompute in ("block", "group"):
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(count)
+        model.model.activation_checkpointing = recompute
+        runs = 0
+        try:
+            checkpointed_loss, checkpointed = loss_and_gradients(model, tokens)
+        finally:
+            model.model.activation_checkpointing = "none"
+            hook.remove()
+        assert runs == 2, f"{recompute}: the first layer ran {runs} times, so nothing was recomputed"
+        assert_close(checkpointed_loss, loss, f"{recompute}: loss")
+        assert_same_gradients(checkpointed, gradients, f"activation checkpointing by {recompute}")
 
 
 def gradients(model: Transformer) -> None:
@@ -187,10 +189,10 @@ def gradients(model: Transformer) -> None:
     expected_loss = reference_loss(weights, model.config, tokens.tolist())
     expected_loss.backward()
     expected = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-    for checkpointing in (False, True):
-        model.model.activation_checkpointing = checkpointing
+    for recompute in ("none", "block", "group"):
+        model.model.activation_checkpointing = recompute
         loss, actual = loss_and_gradients(model, tokens)
-        what = f"against the reference, activation_checkpointing={checkpointing}"
+        what = f"against the reference, activation_checkpointing={recompute}"
         assert_close(loss, expected_loss.detach(), f"{what}: loss")
         assert_same_gradients(actual, expected, what)
 

@@ -66,7 +66,7 @@ MUTATIONS = (
     Mutation(
         "a reader reads the wrong owner (the lowest one at hand)",
         TWO_SLOTS,
-        Decoder.forward,
+        Decoder._run,
         READ,
         "keys.get(min(keys, default=0)), values.get(min(values, default=0))",
         ("reference", "gradients"),
@@ -74,7 +74,7 @@ MUTATIONS = (
     Mutation(
         "a reader reads the newest keys and values, whoever made them",
         TWO_SLOTS,
-        Decoder.forward,
+        Decoder._run,
         READ,
         "keys.get(max(keys, default=0)), values.get(max(values, default=0))",
         ("reference", "gradients"),
@@ -82,7 +82,7 @@ MUTATIONS = (
     Mutation(
         "values are read from the keys' source",
         SPLIT,
-        Decoder.forward,
+        Decoder._run,
         "values.get(value_source)",
         "values.get(key_source, values.get(value_source))",
         ("reference", "gradients"),
@@ -147,7 +147,7 @@ MUTATIONS = (
     Mutation(
         "a reader uses its owner's window",
         WINDOWS,
-        Decoder.forward,
+        Decoder._run,
         "masks[layer]",
         "masks[key_source]",
         ("reference", "gradients"),
@@ -235,15 +235,15 @@ MUTATIONS = (
     Mutation(
         "activation checkpointing detaches shared keys and values",
         "cla2",
-        Decoder.forward,
-        "x, k, v = checkpoint(block, *inputs, use_reentrant=False)",
-        "x, k, v = checkpoint(block, *inputs, use_reentrant=False); k, v = k.detach(), v.detach()",
+        Decoder._run,
+        "x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False)",
+        "x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False); k, v = k.detach(), v.detach()",
         ("activation checkpointing", "gradients"),
     ),
     Mutation(
         "readers never pass gradients to their owner",
         "cla2",
-        Decoder.forward,
+        Decoder._run,
         "keys[key_source], values[value_source] = k, v",
         "keys[key_source], values[value_source] = k.detach(), v.detach()",
         ("gradients",),
@@ -252,8 +252,8 @@ MUTATIONS = (
         "activation checkpointing is ignored",
         "cla2",
         Decoder.forward,
-        "if self.activation_checkpointing and",
-        "if False and",
+        "checkpoint_blocks=recompute",
+        "checkpoint_blocks=False and recompute",
         ("activation checkpointing",),
     ),
     Mutation(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from crosslayer.model import ContiguousCache
+from crosslayer.model.transformer import Recompute
 from tests.conftest import BUILDABLE, tiny_config
 from tests.model.checks import (
     assert_close,
@@ -18,11 +19,11 @@ from tests.model.checks import (
 )
 
 
-def check_compiled(plan: str, backend: str, layers: int, checkpointing: bool = False) -> None:
+def check_compiled(plan: str, backend: str, layers: int, recompute: Recompute = "none") -> None:
     """Loss and gradients of one graph without a break are those of the uncompiled model."""
     torch.compiler.reset()
     model = random_model(tiny_config(plan, num_hidden_layers=layers, attention_bias=True))
-    model.model.activation_checkpointing = checkpointing
+    model.model.activation_checkpointing = recompute
     tokens = random_tokens(model, 2, 12)
     loss, gradients = loss_and_gradients(model, tokens)
     compiled = copy.deepcopy(model)
@@ -32,9 +33,9 @@ def check_compiled(plan: str, backend: str, layers: int, checkpointing: bool = F
     assert_same_gradients(compiled_gradients, gradients, "compiled")
 
 
-@pytest.mark.parametrize(("plan", "checkpointing"), [("cla2", False), ("0@5,0@5,2@3/0,1,1", True)])
-def test_traced(plan: str, checkpointing: bool) -> None:
-    check_compiled(plan, "aot_eager", layers=3, checkpointing=checkpointing)
+@pytest.mark.parametrize(("plan", "recompute"), [("cla2", "none"), ("0@5,0@5,2@3/0,1,1", "block"), ("cla2", "group")])
+def test_traced(plan: str, recompute: Recompute) -> None:
+    check_compiled(plan, "aot_eager", layers=3, recompute=recompute)
 
 
 @pytest.mark.slow

@@ -76,8 +76,8 @@ def test_cache_used_with_gradients_on() -> None:
     tokens = random_tokens(model, 1, 12)
     expected = model(tokens).detach()
     gradients = []
-    for checkpointing in (False, True):
-        model.model.activation_checkpointing = checkpointing
+    for recompute in ("none", "block"):
+        model.model.activation_checkpointing = recompute
         cache = ContiguousCache(model.config, 1, 12)
         logits = [model(chunk, cache=cache) for chunk in tokens.split(4, dim=1)]
         assert_close(torch.cat(logits, dim=1).detach(), expected, "cached with gradients on")
@@ -113,8 +113,8 @@ def test_gradients_against_finite_differences(plan: str) -> None:
     model = random_model(tiny_config(plan)).double()
     tokens = random_tokens(model, 2, 8)
     generator = torch.Generator().manual_seed(3)
-    for checkpointing in (False, True):
-        model.model.activation_checkpointing = checkpointing
+    for recompute in ("none", "block"):
+        model.model.activation_checkpointing = recompute
         _, gradients = loss_and_gradients(model, tokens)
         for name, parameter in model.named_parameters():
             direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

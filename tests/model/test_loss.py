@@ -124,6 +124,15 @@ def test_a_tied_weight_gets_the_gradient_of_both_uses() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
 
 
+def test_negative_targets_count_for_nothing() -> None:
+    hidden, weight, targets = random_input()
+    counted = targets >= 4
+    expected = expected_of(hidden, weight, targets.where(counted, -100))
+    loss = linear_cross_entropy(hidden, weight, targets.where(counted, -1))
+    loss.backward()
+    torch.testing.assert_close((loss.detach(), hidden.grad, weight.grad), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_no_tokens() -> None:
     hidden, weight, targets = random_input(n=0)
     assert linear_cross_entropy(hidden, weight, targets).item() == 0

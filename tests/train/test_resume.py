@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from crosslayer.data import Batch, PreparedData
 from crosslayer.errors import UserError
 from crosslayer.train import loop as loop_module
-from crosslayer.train.step import TrainStep
+from crosslayer.train.step import StepOutput, TrainStep
 from tests.train.runs import metrics, prepare_corpus, run, same_weights
 
 # Checkpoints after steps 3, 6, 9; lines of metrics after 4, 8, 10; evaluations after 5.
@@ -34,7 +33,7 @@ def stop(data: PreparedData, out: Path, step: int) -> None:
     """Run, and be killed in the step with this number (from 0)."""
     plain = TrainStep.__call__
 
-    def killed(self: TrainStep, number: int, batch: Batch) -> Tensor:
+    def killed(self: TrainStep, number: int, batch: Batch) -> StepOutput:
         if number == step:
             raise Killed
         return plain(self, number, batch)
@@ -63,7 +62,7 @@ def test_stopped_at_any_step(step: int, data: PreparedData, whole: Path, tmp_pat
     steps_run: list[int] = []
     plain = TrainStep.__call__
 
-    def counting(self: TrainStep, number: int, batch: Batch) -> Tensor:
+    def counting(self: TrainStep, number: int, batch: Batch) -> StepOutput:
         steps_run.append(number)
         return plain(self, number, batch)
 

@@ -22,7 +22,7 @@ from crosslayer.model import transformer as transformer_module
 from crosslayer.train import Recipe
 from crosslayer.train import loop as loop_module
 from crosslayer.train import step as step_module
-from crosslayer.train.step import TrainStep
+from crosslayer.train.step import StepOutput, TrainStep
 from tests.conftest import tiny_config
 from tests.model.checks import assert_same_gradients, random_model
 from tests.train.runs import config, metrics, run, same_weights, weights
@@ -39,7 +39,7 @@ def gradients_of_a_step(
         seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
     monkeypatch.setattr(step_module, "clipped_step", look)
-    loss = TrainStep(model, recipe)(0, batch).item()
+    loss = TrainStep(model, recipe)(0, batch).loss.item()
     assert all(parameter.grad is None for parameter in model.parameters())
     return loss, seen
 
@@ -73,9 +73,9 @@ def test_masked_documents_are_trained_as_if_they_were_apart(data: PreparedData) 
             logits = model(torch.from_numpy(inputs)[mine][None])[0]
             total += cross_entropy(logits, torch.from_numpy(targets)[mine], reduction="sum").item()
     step = TrainStep(model, config(batch_size=3, sequence_length=48, learning_rate=1e-9).train)
-    loss = step(0, masked).item()
+    loss = step(0, masked).loss.item()
     assert loss == pytest.approx(total / (3 * 48), rel=1e-5)
-    assert abs(step(0, open_batch).item() - loss) > 0.01
+    assert abs(step(0, open_batch).loss.item() - loss) > 0.01
 
 
 def test_it_learns(data: PreparedData, tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def record_losses(monkeypatch: pytest.MonkeyPatch) -> Any:
     losses: list[float] = []
     plain = TrainStep.__call__
 
-    def recording(self: TrainStep, step: int, batch: Batch) -> Tensor:
-        loss = plain(self, step, batch)
-        losses.append(loss.item())
-        return loss
+    def recording(self: TrainStep, step: int, batch: Batch) -> StepOutput:
+        output = plain(self, step, batch)
+        losses.append(output.loss.item())
+        return output
 
     class Recorder:
         def __enter__(self) -> list[float]:
@@ -163,21 +163,22 @@ def test_the_seed_decides(data: PreparedData, tmp_path: Path) -> None:
     assert metrics(tmp_path / "a")[0] != metrics(tmp_path / "c")[0]
 
 
+@pytest.mark.parametrize(("recompute", "calls"), [("block", 4), ("group", 2)])  # of four layers in two groups
 def test_activation_checkpointing_changes_nothing(
-    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recompute: str, calls: int, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(data, tmp_path / "plain")
-    checkpointed_blocks = 0
+    checkpoints = 0
     plain = transformer_module.checkpoint
 
     def counting(*arguments: Any, **options: Any) -> Any:
-        nonlocal checkpointed_blocks
-        checkpointed_blocks += 1
+        nonlocal checkpoints
+        checkpoints += 1
         return plain(*arguments, **options)
 
     monkeypatch.setattr(transformer_module, "checkpoint", counting)
-    run(data, tmp_path / "checkpointed", activation_checkpointing=True)
-    assert checkpointed_blocks == 10 * 4  # steps, layers
+    run(data, tmp_path / "checkpointed", activation_checkpointing=recompute)
+    assert checkpoints == 10 * calls  # ten steps
     assert same_weights(tmp_path / "plain", tmp_path / "checkpointed")
 
 
@@ -242,8 +243,8 @@ def test_a_larger_vocabulary_is_allowed(data: PreparedData, tmp_path: Path) -> N
 def test_a_loss_that_is_no_number(
     loss: float, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverging(self: TrainStep, step: int, batch: Batch) -> Tensor:
-        return torch.tensor(loss if step == 5 else 1.0)
+    def diverging(self: TrainStep, step: int, batch: Batch) -> StepOutput:
+        return StepOutput(torch.tensor(loss if step == 5 else 1.0), torch.tensor(1.0))
 
     monkeypatch.setattr(TrainStep, "__call__", diverging)
     with pytest.raises(UserError, match=rf"step 8: the loss is {loss}; lower train.learning_rate or train.clip"):
