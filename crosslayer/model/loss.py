@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from crosslayer.kernels.cross_entropy import cross_entropy
 
 # Logits made at a time. On a CPU few enough for its cache; on a GPU enough rows for the matmuls to run at full speed.
 CPU_CHUNK = 2**19
@@ -40,15 +41,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_grad: Tensor | None = None
             total = torch.zeros((), dtype=accurate, device=hidden.device)
             rows = _chunk_rows(weight.shape[0], device)
-            softmax = _compiled_softmax() if device == "cuda" else _softmax
             for start in range(0, hidden.shape[0], rows):
                 chunk = h[start : start + rows]
-                losses, logits_grad = softmax(chunk @ w.T, targets[start : start + rows], want_hidden or want_weight)
-                total += losses.sum()
-                if hidden_grad is not None:
-                    torch.mm(logits_grad, w, out=hidden_grad[start : start + rows])
+                logits = chunk @ w.T
+                total += cross_entropy(logits, targets[start : start + rows], want_hidden or want_weight).sum()
+                if hidden_grad is not None:  # logits holds their gradient now
+                    torch.mm(logits, w, out=hidden_grad[start : start + rows])
                 if want_weight:
-                    part = (logits_grad.T @ chunk).to(accurate)
+                    part = (logits.T @ chunk).to(accurate)
                     weight_grad = part if weight_grad is None else weight_grad.add_(part)
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.dtypes = hidden.dtype, weight.dtype
@@ -69,23 +69,3 @@ def _chunk_rows(vocab_size: int, device: str) -> int:
     if device != "cuda":
         return max(1, CPU_CHUNK // vocab_size)
     return max(1, GPU_CHUNK // vocab_size // 1024) * 1024  # whole tiles of the matmul
-
-
-def _softmax(logits: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
-    """The loss of each row of logits [N, V], and its gradient by them (empty where not wanted)."""
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = exact.logsumexp(dim=-1, keepdim=True)
-    counts = targets >= 0
-    losses = normaliser.squeeze(-1) - exact.gather(1, targets.clamp(min=0)[:, None]).squeeze(-1)
-    losses = torch.where(counts, losses, 0.0)
-    if not want_grad:
-        return losses, losses.new_empty(0)
-    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    grad = (exact - normaliser).exp() - hit.to(exact.dtype)
-    return losses, torch.where(counts[:, None], grad, 0.0).to(logits.dtype)
-
-
-@cache
-def _compiled_softmax() -> Any:
-    # Two passes over the logits instead of a dozen.
-    return torch.compile(_softmax, dynamic=True)

@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         recompute = self.activation_checkpointing if step is None and torch.is_grad_enabled() else "none"
         if recompute == "group":
             for layers in plan.layer_groups:
-                x = checkpoint(self._run, layers, x, rope, masks, None, use_reentrant=False)
+                x = checkpoint(self._run, layers, x, rope, masks, None, use_reentrant=False, preserve_rng_state=False)
         else:
             x = self._run(range(plan.num_layers), x, rope, masks, step, checkpoint_blocks=recompute == "block")
         if cache is not None and step is not None:
@@ -220,7 +220,7 @@ class Decoder(nn.Module):
             key_source, value_source = plan.key_sources[layer], plan.value_sources[layer]
             inputs = (x, keys.get(key_source), values.get(value_source), rope, masks[layer], step)
             if checkpoint_blocks:
-                x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False)
+                x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = self.layers[layer](*inputs)
             keys[key_source], values[value_source] = k, v

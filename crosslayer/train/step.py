@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from crosslayer.data import Batch
 from crosslayer.model import Transformer
+from crosslayer.plan.cost import training_flops_per_token
 from crosslayer.train.config import Recipe
+from crosslayer.train.graph import GraphedLoss
 from crosslayer.train.host import autocast
 from crosslayer.train.optimizer import clipped_step, learning_rate_at, make_optimizer
+
+# About 100 ms of an H100's work.
+GRAPH_FLOPS = 5e13
 
 
 class StepOutput(NamedTuple):
@@ -39,6 +45,17 @@ class TrainStep:
             # Block by block: layers of one kind share their compiled code, so compiling takes seconds at any depth.
             for block in model.model.layers:
                 block.compile()
+        self._graphed = GraphedLoss(self._loss, model.parameters()) if self._launches_are_slow() else None
+
+    def _launches_are_slow(self) -> bool:
+        """Whether a GPU is done with a micro batch before the CPU has launched its kernels.
+
+        That was seen below about 30 ms a micro batch; a graph of a larger one wins nothing and costs memory.
+        """
+        recipe, config = self.recipe, self.model.config
+        tokens = (recipe.micro_batch_size or recipe.batch_size) * recipe.sequence_length
+        flops = tokens * training_flops_per_token(config, recipe.sequence_length)
+        return self.device.type == "cuda" and not recipe.mask_documents and flops < GRAPH_FLOPS
 
     def __call__(self, step: int, batch: Batch) -> StepOutput:
         """Update the weights with step number `step` (from 0)."""
@@ -54,27 +71,32 @@ class TrainStep:
         micro = recipe.micro_batch_size or recipe.batch_size
         total = torch.zeros((), device=self.device)
         for start in range(0, recipe.batch_size, micro):
-            loss = self._loss(batch, slice(start, start + micro)) / recipe.tokens_per_step
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            inputs, targets, document_ids = (
+                self._on_device(array, slice(start, start + micro))
+                for array in (batch.inputs, batch.targets, batch.document_ids)
+            )
+            assert inputs is not None
+            assert targets is not None
+            if self._graphed is not None:
+                total += self._graphed(inputs, targets, accumulate=start > 0)
+            else:
+                loss = self._loss(inputs, targets, document_ids)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
         norm = clipped_step(self.optimizer, recipe.clip)
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._graphed is None:
+            self.optimizer.zero_grad(set_to_none=True)
         return StepOutput(total, norm)
 
-    def _loss(self, batch: Batch, rows: slice) -> Tensor:
-        """Summed loss of some rows of a batch."""
-
-        def on_device(name: str) -> Tensor | None:
-            array = getattr(batch, name)
-            if array is None:
-                return None
-            tensor = torch.from_numpy(array[rows])
-            # From pinned memory the copy does not wait for the work that the device still has queued.
-            return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-
-        inputs, targets = on_device("inputs"), on_device("targets")
-        assert inputs is not None
-        assert targets is not None
+    def _loss(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """What some rows add to the mean loss of the batch."""
         with autocast(self.device, self.recipe.precision):
-            loss: Tensor = self.model(inputs, targets, document_ids=on_device("document_ids"))
-        return loss
+            loss: Tensor = self.model(inputs, targets, document_ids=document_ids)
+        return loss / self.recipe.tokens_per_step
+
+    def _on_device(self, array: np.ndarray | None, rows: slice) -> Tensor | None:
+        if array is None:
+            return None
+        tensor = torch.from_numpy(array[rows])
+        # From pinned memory the copy does not wait for the work that the device still has queued.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor

@@ -236,8 +236,8 @@ MUTATIONS = (
         "activation checkpointing detaches shared keys and values",
         "cla2",
         Decoder._run,
-        "x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False)",
-        "x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False); k, v = k.detach(), v.detach()",
+        "preserve_rng_state=False)\n        else",
+        "preserve_rng_state=False); k, v = k.detach(), v.detach()\n        else",
         ("activation checkpointing", "gradients"),
     ),
     Mutation(

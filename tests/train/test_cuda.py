@@ -1,0 +1,60 @@
+"""Training on a GPU: a captured graph computes what the launches one by one do."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from crosslayer.data import Batch
+from crosslayer.train import Recipe
+from crosslayer.train import step as step_module
+from crosslayer.train.step import TrainStep
+from tests.conftest import tiny_config
+from tests.model.checks import random_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def batches(count: int) -> list[Batch]:
+    tokens = np.random.default_rng(0).integers(0, 300, (count, 6, 17))
+    return [Batch(rows[:, :-1], rows[:, 1:]) for rows in tokens]
+
+
+@pytest.mark.parametrize("recompute", ["none", "block", "group"])
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("plan", ["cla2", "yoco:window=5", "0,1,1,1,4,1/0,1,0,3,3,0"])
+def test_a_graph_trains_as_its_launches_do(
+    plan: str, micro: int | None, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, gradient norms and weights over several steps, in float32 and uncompiled."""
+    model = random_model(tiny_config(plan, vocab_size=300))
+    recipe = Recipe(
+        tokens=10 * 96,
+        sequence_length=16,
+        batch_size=6,
+        micro_batch_size=micro,
+        learning_rate=1e-2,
+        precision="fp32",
+        compile=False,
+        activation_checkpointing=recompute,  # type: ignore[arg-type]
+    )
+    losses, models = [], []
+    for largest in (0, step_module.GRAPH_FLOPS):
+        monkeypatch.setattr(step_module, "GRAPH_FLOPS", largest)
+        trained = copy.deepcopy(model).cuda()
+        step = TrainStep(trained, recipe)
+        losses.append(torch.tensor([[x.item() for x in step(i, batch)] for i, batch in enumerate(batches(5))]))
+        models.append(trained)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    for plain, graphed in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask_documents", [False, True])
+def test_graphs_are_for_batches_of_one_shape(mask_documents: bool) -> None:
+    recipe = Recipe(tokens=960, sequence_length=16, batch_size=6, compile=False, mask_documents=mask_documents)
+    step = TrainStep(random_model(tiny_config("cla2", vocab_size=300)).cuda(), recipe)
+    assert (step._graphed is None) == mask_documents
