@@ -20,7 +20,7 @@ from crosslayer.data import Batch
 from crosslayer.environment import describe_environment
 from crosslayer.model import Transformer
 from crosslayer.plan import parse_design, preset
-from crosslayer.plan.training_cost import Recompute, training_memory
+from crosslayer.plan.training_memory import Recompute, training_memory
 from crosslayer.train import Recipe
 from crosslayer.train.step import TrainStep
 
@@ -70,7 +70,7 @@ def main() -> None:
     for name, design, batch_size, micro, recompute in CASES:
         expected = training_memory(
             parse_design(design, preset(name)),
-            micro_batch_tokens=micro * LENGTH,
+            tokens=micro * LENGTH,
             micro_batches=batch_size // micro,
             recompute=recompute,
         )

@@ -92,6 +92,11 @@ def training_flops_per_token(config: ModelConfig, context: int) -> int:
     return 3 * forward_flops_per_token(config, context)
 
 
+def recomputed_flops_per_token(config: ModelConfig, context: int) -> int:
+    """What activation checkpointing adds to training: the forward pass of all layers once more, without the lm_head."""
+    return forward_flops_per_token(config, context) - 2 * config.vocab_size * config.hidden_size
+
+
 def largest_batch(
     config: ModelConfig, context: int, memory: int, cache_dtype: str = "bf16", weight_dtype: str = "bf16"
 ) -> int:
