@@ -31,7 +31,8 @@ class TrainingMemory:
     `weights`, `gradients` and `optimizer` are fp32, and what FSDP2 leaves to one GPU. `compute_weights` are weights in
     bf16, copied by autocast or gathered by FSDP2. `activations` is what a micro batch keeps for its backward pass, and
     `loss` what exists only between the passes: mostly logits. `peak` is the most at one time. It is less than the sum
-    where a step has one micro batch, as there are no gradients yet when there are logits.
+    where a step has one micro batch, as there are no gradients yet when there are logits; recomputed layers can make
+    it more.
     """
 
     weights: int
