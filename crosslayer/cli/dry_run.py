@@ -27,8 +27,8 @@ def dry_run(config: TrainConfig, *, gpus: int, tflops: float = MEASURED_TFLOPS) 
     The vocabulary is that of the model section, else the one that the tokenizer is to be trained with.
 
     Raises:
-        UserError: no GPU, no speed, a run in fp32 or not compiled, a model or batch that so many GPUs cannot share, or a vocabulary that only the
-            text or a tokenizer's file would tell.
+        UserError: no GPU, no speed, a run in fp32 or not compiled, a model or batch that so many GPUs cannot share, or
+            a vocabulary that only a tokenizer's file would tell.
     """
     if gpus < 1:
         raise UserError(f"--gpus must be at least 1, got {gpus}")

@@ -3,8 +3,6 @@
 It is that of the path that runs on CUDA: compiled blocks in bf16, weights, gradients and AdamW's two moments in fp32,
 and the loss fused with the output projection. It counts what PyTorch allocates; CUDA's own context and what
 fragmentation leaves unused come on top. Tests compare it with what compiled blocks keep, and with measured peaks.
-
-T is the number of tensor-parallel ranks throughout.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from typing import Literal
 
 from crosslayer.errors import UserError
 from crosslayer.plan.config import ModelConfig
-from crosslayer.plan.cost import num_parameters
+from crosslayer.plan.cost import layer_weights, num_parameters, rank_widths
 
 BF16, FP32, INT64 = 2, 4, 8
 # Logits that model.loss makes at a time on a GPU, in whole tiles of so many tokens.
@@ -63,7 +61,7 @@ def training_memory(
         UserError: the model cannot be divided among so many tensor-parallel ranks.
     """
     check_tensor_parallel(config, tensor_parallel)
-    whole = FP32 * parameters_per_rank(config, tensor_parallel)
+    whole = FP32 * num_parameters(config, tensor_parallel)
     shard = -(-whole // data_parallel)
     gradients = whole if micro_batches > 1 else shard
     sharded = data_parallel * tensor_parallel > 1
@@ -108,27 +106,6 @@ def check_tensor_parallel(config: ModelConfig, ranks: int) -> None:
         )
 
 
-def parameters_per_rank(config: ModelConfig, tensor_parallel: int) -> int:
-    """Parameters that one of T ranks holds, before FSDP2 cuts them.
-
-    A rank has 1/T of the query heads, of the feed-forward width and of the vocabulary. Keys and values are divided by
-    head where T divides the KV heads; else, as with the single head of MQA, every rank has their whole projections.
-    Norms, and the bias of attention's output, are on every rank.
-    """
-    plan, hidden, layers = config.plan, config.hidden_size, range(config.num_hidden_layers)
-    query, kv, _ = _widths(config, tensor_parallel)
-    total = sum(_layer_weights(config, layer, tensor_parallel) for layer in layers)
-    total += (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden // tensor_parallel
-    total += hidden * (2 * len(layers) + 1 + sum(config.has_kv_norm(layer) for layer in layers))
-    if config.attention_bias:
-        total += len(layers) * query + (len(plan.key_owners) + len(plan.value_owners)) * kv
-    if config.attention_output_bias:
-        total += len(layers) * hidden
-    if config.qk_norm:
-        total += (len(layers) + len(plan.key_owners)) * config.head_dim
-    return total
-
-
 def activation_bytes_per_token(config: ModelConfig, recompute: Recompute, tensor_parallel: int = 1) -> int:
     """Bytes that a token keeps on a rank between the forward and the backward pass.
 
@@ -142,7 +119,7 @@ def activation_bytes_per_token(config: ModelConfig, recompute: Recompute, tensor
         return end + sum(_layer_bytes(config, layer, tensor_parallel) for layer in range(plan.num_layers))
     if recompute == "group":
         return end + BF16 * hidden * len(plan.layer_groups)
-    _, kv, _ = _widths(config, tensor_parallel)
+    _, kv, _ = rank_widths(config, tensor_parallel)
     keys = sum(kv for slot in plan.key_slots.values() if len(slot.readers) > 1)
     values = sum(
         sum(_projections(config, slot.owner, tensor_parallel)[-1])
@@ -152,34 +129,17 @@ def activation_bytes_per_token(config: ModelConfig, recompute: Recompute, tensor
     return end + BF16 * (hidden * plan.num_layers + keys + values)
 
 
-def _widths(config: ModelConfig, tensor_parallel: int) -> tuple[int, int, int]:
-    """A rank's width of a layer's queries, of its keys or values, and of its feed-forward part."""
-    kv_heads = config.num_key_value_heads
-    return (
-        config.num_attention_heads // tensor_parallel * config.head_dim,
-        (kv_heads if kv_heads % tensor_parallel else kv_heads // tensor_parallel) * config.head_dim,
-        config.intermediate_size // tensor_parallel,
-    )
-
-
 def _projections(config: ModelConfig, layer: int, tensor_parallel: int) -> list[list[int]]:
     """The matmuls that make a layer's queries, keys and values, each as the widths of what it makes; the last one makes
     the values, where the layer owns any.
 
     Compiled, projections of one input are one matmul, unless tensor parallelism keeps them apart.
     """
-    query, kv, _ = _widths(config, tensor_parallel)
+    query, kv, _ = rank_widths(config, tensor_parallel)
     own = [kv] * (config.plan.owns_keys(layer) + config.plan.owns_values(layer))
     if tensor_parallel > 1:
         return [[query], *([width] for width in own)]
     return [[query], own] if config.has_kv_norm(layer) else [[query, *own]]
-
-
-def _layer_weights(config: ModelConfig, layer: int, tensor_parallel: int) -> int:
-    """Weights of a layer's matrices."""
-    query, _, feed_forward = _widths(config, tensor_parallel)
-    projections = sum(map(sum, _projections(config, layer, tensor_parallel)))
-    return config.hidden_size * (projections + query + 3 * feed_forward)
 
 
 def _layer_bytes(config: ModelConfig, layer: int, tensor_parallel: int) -> int:
@@ -190,7 +150,7 @@ def _layer_bytes(config: ModelConfig, layer: int, tensor_parallel: int) -> int:
     see again.
     """
     plan = config.plan
-    query, kv, feed_forward = _widths(config, tensor_parallel)
+    query, kv, feed_forward = rank_widths(config, tensor_parallel)
     # The layer's input, each norm's output, and what attention adds to the residual stream.
     kept = BF16 * config.hidden_size * (4 + config.has_kv_norm(layer))
     # Rotated queries, the output of attention; gate, up and their product.
@@ -218,7 +178,7 @@ def _recomputed_units(config: ModelConfig, recompute: Recompute) -> Sequence[Seq
 def _backward_bytes_per_token(config: ModelConfig, recompute: Recompute, tensor_parallel: int) -> int:
     """What the backward pass adds: the layers that it recomputes, and the gradients inside one feed-forward part (of
     gate, up, their product, and three as wide as the residual stream)."""
-    _, _, feed_forward = _widths(config, tensor_parallel)
+    _, _, feed_forward = rank_widths(config, tensor_parallel)
     gradients = 3 * BF16 * (feed_forward + config.hidden_size)
     if recompute == "none":
         return gradients
@@ -235,7 +195,7 @@ def _compute_weights(config: ModelConfig, recompute: Recompute, tensor_parallel:
     """
     vocabulary = config.vocab_size * config.hidden_size // tensor_parallel
     layers = range(config.num_hidden_layers)
-    weights = [_layer_weights(config, layer, tensor_parallel) for layer in layers]
+    weights = [layer_weights(config, layer, tensor_parallel) for layer in layers]
     kept = [_joined_weights(config, layer, tensor_parallel) for layer in layers] if sharded else weights
     total = max(sum(kept[layer] for layer in unit) for unit in _recomputed_units(config, recompute))
     if sharded:
@@ -245,7 +205,7 @@ def _compute_weights(config: ModelConfig, recompute: Recompute, tensor_parallel:
 
 def _joined_weights(config: ModelConfig, layer: int, tensor_parallel: int) -> int:
     """Weights of a layer that compiled code lays side by side."""
-    _, _, feed_forward = _widths(config, tensor_parallel)
+    _, _, feed_forward = rank_widths(config, tensor_parallel)
     joined = [sum(widths) for widths in _projections(config, layer, tensor_parallel) if len(widths) > 1]
     return config.hidden_size * (sum(joined) + (2 * feed_forward if tensor_parallel == 1 else 0))
 

@@ -23,12 +23,11 @@ from crosslayer.plan.training_memory import (
     activation_bytes_per_token,
     check_tensor_parallel,
     checkpoint_bytes,
-    parameters_per_rank,
     training_memory,
 )
 from crosslayer.train import Recipe
 from crosslayer.train.step import TrainStep
-from tests.conftest import BUILDABLE, tiny_config
+from tests.conftest import tiny_config
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-23-train-speed-h100.json"
 SHAPES = {
@@ -101,13 +100,6 @@ def test_activations_are_what_compiled_blocks_keep_for_the_backward_pass(
     assert total == B * T * activation_bytes_per_token(config, recompute)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "qk_norm": True}, {"attention_bias": True}])
-@pytest.mark.parametrize("plan", BUILDABLE)
-def test_one_rank_has_all_parameters(plan: str, changes: dict[str, Any]) -> None:
-    config = tiny_config(plan, **changes)
-    assert parameters_per_rank(config, 1) == num_parameters(config)
-
-
 @pytest.mark.parametrize("plan", ["cla2", "fusedkv-lite", "yoco:window=5"])
 def test_weights_gradients_and_optimizer_are_those_of_a_step(plan: str) -> None:
     config = tiny_config(plan)
@@ -130,7 +122,7 @@ def test_tensor_parallel_ranks_share_all_but_norms_and_kv_heads_that_are_too_few
     for config, copied in ((grouped, 0), (single, 10 * 2 * 2048 * 128)):
         for ranks in (2, 4):
             shared = num_parameters(config) - norms - copied
-            assert parameters_per_rank(config, ranks) == shared / ranks + norms + copied
+            assert num_parameters(config, ranks) == shared / ranks + norms + copied
 
 
 def test_fsdp_shares_what_a_rank_holds_but_not_gradients_that_wait() -> None:
@@ -143,7 +135,7 @@ def test_fsdp_shares_what_a_rank_holds_but_not_gradients_that_wait() -> None:
     waiting = training_memory(config, tokens=2048, micro_batches=2, data_parallel=64)
     assert waiting.gradients == one.gradients
     both = training_memory(config, tokens=2048, micro_batches=1, data_parallel=8, tensor_parallel=8)
-    assert both.weights == pytest.approx(4 * parameters_per_rank(config, 8) / 8, abs=1)
+    assert both.weights == pytest.approx(4 * num_parameters(config, 8) / 8, abs=1)
     assert both.activations < one.activations
 
 
