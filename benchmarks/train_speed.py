@@ -25,10 +25,10 @@ import torch
 from crosslayer.data import Batch
 from crosslayer.environment import describe_environment
 from crosslayer.model import Transformer
-from crosslayer.model.transformer import Recompute
 from crosslayer.plan import ModelConfig
 from crosslayer.plan.cost import num_parameters
 from crosslayer.plan.presets import parse_design, preset
+from crosslayer.plan.training_memory import Recompute
 from crosslayer.train import Recipe
 from crosslayer.train.step import TrainStep
 
@@ -96,7 +96,12 @@ def our_step(
         micro_batch_size=micro,
         activation_checkpointing=recompute,
     )
-    step = TrainStep(Transformer(config).cuda(), recipe)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cuda")
+    for parameter in model.parameters():  # drawn here, which is sooner done than as training draws them
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim < 2), std=config.initializer_range)
+    step = TrainStep(model, recipe)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     return lambda: step(0, batch)
@@ -122,13 +127,15 @@ def peer_step(config: ModelConfig, length: int, batch_size: int) -> Callable[[],
     return step
 
 
-def measure(make: Callable[[], Callable[[], object]], tokens: int, flops: float, ceiling: float) -> dict[str, Any]:
+def measure(
+    make: Callable[[], Callable[[], object]], tokens: int, flops: float, ceiling: float, timed: int = TIMED
+) -> dict[str, Any]:
     gc.collect()
     torch.compiler.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        duration, first = seconds(make(), WARM_UP, TIMED)
+        duration, first = seconds(make(), WARM_UP, timed)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     rate = tokens / duration

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -99,7 +100,8 @@ class TokenStream:
         Raises:
             UserError: a shard is missing, cut short or altered.
         """
-        opened = [_open_shard(folder / shard.file, dtype, shard) for shard in shards]
+        with ThreadPoolExecutor() as pool:  # hundreds of gigabytes to read, and checksums let go of the interpreter
+            opened = list(pool.map(lambda shard: _open_shard(folder / shard.file, dtype, shard), shards))
         return cls(opened, sum(shard.documents for shard in shards), sum(shard.text_bytes for shard in shards))
 
 

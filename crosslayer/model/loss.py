@@ -50,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if want_weight:
                     part = (logits.T @ chunk).to(accurate)
                     weight_grad = part if weight_grad is None else weight_grad.add_(part)
+                del logits  # or they would still be there while the next chunk's are made
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.dtypes = hidden.dtype, weight.dtype
         return total

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,9 @@ from crosslayer.model.cache import CacheStep, ContiguousCache
 from crosslayer.model.loss import linear_cross_entropy
 from crosslayer.model.rope import apply_rope, rope_tables
 from crosslayer.plan import ModelConfig
+from crosslayer.plan.training_memory import Recompute
 
 RopeTables = tuple[Tensor, Tensor]
-# What the backward pass recomputes instead of keeping: nothing, each block, or each group of layers that share.
-Recompute = Literal["none", "block", "group"]
 
 
 def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
@@ -87,7 +85,8 @@ class Attention(nn.Module):
             k = self._heads(made[0], self.k_norm, rope).transpose(1, 2)
             k = k if step is None else step.append(step.cache.keys[self.layer], k)
         if self.v_proj is not None:
-            v = self._split(made[-1]).transpose(1, 2)
+            # A copy, where V was made in one matmul with Q: as a view, it would keep all of that for the backward pass.
+            v = self._split(made[-1]).contiguous().transpose(1, 2)
             v = v if step is None else step.append(step.cache.values[self.layer], v)
         assert k is not None
         assert v is not None

@@ -37,15 +37,33 @@ def _slot_bytes_per_token(config: ModelConfig, cache_dtype: str) -> int:
     return BYTES_PER_ELEMENT[cache_dtype] * config.num_key_value_heads * config.head_dim
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Parameters of the model: tied embeddings count once, a layer without keys or values has no such projection."""
+def rank_widths(config: ModelConfig, tensor_parallel: int = 1) -> tuple[int, int, int]:
+    """The width of a layer's queries, of its keys (or values), and of its feed-forward part, on one of
+    `tensor_parallel` ranks.
+
+    A rank has its share of the query heads and of the feed-forward part. Keys and values are divided by head where the
+    ranks divide the KV heads; else, as with the single head of MQA, every rank has their whole projections.
+    """
+    kv_heads = config.num_key_value_heads
+    return (
+        config.num_attention_heads // tensor_parallel * config.head_dim,
+        (kv_heads if kv_heads % tensor_parallel else kv_heads // tensor_parallel) * config.head_dim,
+        config.intermediate_size // tensor_parallel,
+    )
+
+
+def num_parameters(config: ModelConfig, tensor_parallel: int = 1) -> int:
+    """Parameters of the model: tied embeddings count once, a layer without keys or values has no such projection.
+
+    With `tensor_parallel`, those that one of so many ranks holds: its share of the vocabulary and of the matrices (see
+    `rank_widths`), and all norms and biases of attention's output.
+    """
     plan, hidden = config.plan, config.hidden_size
-    query_width = config.num_attention_heads * config.head_dim
-    kv_width = config.num_key_value_heads * config.head_dim
+    query_width, kv_width, _ = rank_widths(config, tensor_parallel)
     projections = len(plan.key_owners) + len(plan.value_owners)  # of width kv_width
-    total = _matmul_weights(config)
+    total = _matmul_weights(config, tensor_parallel)
     if not config.tie_word_embeddings:
-        total += config.vocab_size * hidden  # the token embedding; the other matrix of that size is the lm_head
+        total += config.vocab_size * hidden // tensor_parallel  # the other matrix of that size is the lm_head
     total += hidden * (2 * plan.num_layers + 1)  # the two norms of each layer, and the last one
     total += hidden * sum(config.has_kv_norm(layer) for layer in range(plan.num_layers))
     if config.attention_bias:
@@ -57,16 +75,17 @@ def num_parameters(config: ModelConfig) -> int:
     return total
 
 
-def _matmul_weights(config: ModelConfig) -> int:
+def _matmul_weights(config: ModelConfig, tensor_parallel: int = 1) -> int:
     """Weights that each token is multiplied with, the lm_head included."""
-    plan, hidden = config.plan, config.hidden_size
-    kv_projections = len(plan.key_owners) + len(plan.value_owners)
-    per_layer = 2 * hidden * config.num_attention_heads * config.head_dim + 3 * hidden * config.intermediate_size
-    return (
-        plan.num_layers * per_layer
-        + kv_projections * hidden * config.num_key_value_heads * config.head_dim
-        + config.vocab_size * hidden
-    )
+    layers = sum(layer_weights(config, layer, tensor_parallel) for layer in range(config.num_hidden_layers))
+    return layers + config.vocab_size * config.hidden_size // tensor_parallel
+
+
+def layer_weights(config: ModelConfig, layer: int, tensor_parallel: int = 1) -> int:
+    """Weights of a layer's matrices, on one of `tensor_parallel` ranks."""
+    query_width, kv_width, feed_forward = rank_widths(config, tensor_parallel)
+    projections = config.plan.owns_keys(layer) + config.plan.owns_values(layer)
+    return config.hidden_size * (2 * query_width + projections * kv_width + 3 * feed_forward)
 
 
 def forward_flops_per_token(config: ModelConfig, context: int) -> int:
@@ -90,6 +109,11 @@ def _attended_keys(context: int, window: int | None) -> int:
 def training_flops_per_token(config: ModelConfig, context: int) -> int:
     """Three forward passes' worth: the backward pass does two products for each one of the forward pass."""
     return 3 * forward_flops_per_token(config, context)
+
+
+def recomputed_flops_per_token(config: ModelConfig, context: int) -> int:
+    """What activation checkpointing adds to training: the forward pass of all layers once more, without the lm_head."""
+    return forward_flops_per_token(config, context) - 2 * config.vocab_size * config.hidden_size
 
 
 def largest_batch(

@@ -31,7 +31,7 @@ def format_bytes(count: int) -> str:
 
 def format_flops(count: int) -> str:
     """Three digits and a unit in 1000s: 2389786624 is `2.39 G`."""
-    return _scaled(count, 1000, ("", "K", "M", "G", "T", "P"))
+    return _scaled(count, 1000, ("", "K", "M", "G", "T", "P", "E", "Z"))
 
 
 def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:

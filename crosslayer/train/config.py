@@ -8,6 +8,7 @@ from typing import Any, Literal
 from crosslayer.data import DataConfig, Tokenizer
 from crosslayer.errors import UserError
 from crosslayer.plan import ModelConfig, parse_design, preset
+from crosslayer.plan.training_memory import Recompute
 from crosslayer.settings import from_mapping, to_mapping, unknown_key
 
 
@@ -30,6 +31,7 @@ class Recipe:
     sequence_length: int = 256
     batch_size: int = 8
     micro_batch_size: int | None = None
+    tensor_parallel: int = 1
     learning_rate: float = 3e-4
     warmup_ratio: float = 0.05
     final_ratio: float = 0.1
@@ -41,7 +43,7 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     compile: bool | None = None
-    activation_checkpointing: Literal["none", "block", "group"] = "none"
+    activation_checkpointing: Recompute = "none"
     eval_every: int = 0
     eval_tokens: int = 100_000
     checkpoint_every: int = 500
@@ -49,7 +51,7 @@ class Recipe:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "sequence_length", "batch_size", "log_every", "eval_tokens"):
+        for name in ("tokens", "sequence_length", "batch_size", "tensor_parallel", "log_every", "eval_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("eval_every", "checkpoint_every", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
@@ -78,6 +80,21 @@ class Recipe:
     @property
     def steps(self) -> int:
         return self.tokens // self.tokens_per_step
+
+    def micro_batch_of(self, data_parallel: int) -> int:
+        """Sequences that each of `data_parallel` processes sends through the model at a time.
+
+        Raises:
+            UserError: a batch cannot be divided among them, or their parts not into micro batches.
+        """
+        rows = self.batch_size // data_parallel
+        micro = min(self.micro_batch_size or rows, rows)
+        _require(
+            self.batch_size % data_parallel == 0 and rows % micro == 0,
+            f"train.batch_size {self.batch_size} cannot be divided among {data_parallel} processes, "
+            f"{self.micro_batch_size or 'any'} sequences at a time",
+        )
+        return micro
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from crosslayer.train.graph import GraphedLoss
 from crosslayer.train.host import autocast
 from crosslayer.train.optimizer import clipped_step, learning_rate_at, make_optimizer
 
-# About 100 ms of an H100's work.
-GRAPH_FLOPS = 5e13
+# About 50 ms of an H100's work.
+GRAPH_FLOPS = 2e13
 
 
 class StepOutput(NamedTuple):

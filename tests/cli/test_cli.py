@@ -191,7 +191,7 @@ def test_a_tokenizer_that_does_not_fit_or_is_not_there(trained: Path, capsys: py
         ("plan --preset paper-9b", "paper-9b"),
         ("nonsense", "nonsense"),
         ("", "required: COMMAND; see crosslayer --help"),
-        ("train {config}", "required: --out; see crosslayer train --help"),
+        ("train {config}", "want --out DIR"),
         ("train {config} --out {bad}", "cannot be written"),
     ],
 )
