@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from crosslayer.data import Batch
 from crosslayer.environment import describe_environment
@@ -47,7 +48,7 @@ SHAPES: dict[str, tuple[ModelConfig, int, list[tuple[str, int, int]], list[int]]
             ("H128-MQA", 64, 16),
             ("H128-MQA-CLA2", 64, 16),
         ],
-        [8, 16],
+        [16],
     ),
     "small": (
         SMALL,
@@ -127,6 +128,28 @@ def peer_step(config: ModelConfig, length: int, batch_size: int) -> Callable[[],
     return step
 
 
+# Kernels by what they do, told by their names; the first that matches counts.
+KINDS = {
+    "attention": ("cudnn", "flash", "fmha"),
+    "matmul": ("nvjet", "gemm", "cutlass", "splitk"),
+    "loss": ("cross_entropy",),
+    "optimizer": ("multi_tensor_apply",),
+    "elementwise": ("",),
+}
+
+
+def kernel_milliseconds(step: Callable[[], object]) -> dict[str, float]:
+    """What the kernels of one step take, by kind."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in profiled.key_averages():
+        kind = next(kind for kind, words in KINDS.items() if any(word in event.key.lower() for word in words))
+        spent[kind] += event.self_device_time_total / 1e3
+    return spent
+
+
 def measure(
     make: Callable[[], Callable[[], object]], tokens: int, flops: float, ceiling: float, timed: int = TIMED
 ) -> dict[str, Any]:
@@ -135,7 +158,10 @@ def measure(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        duration, first = seconds(make(), WARM_UP, timed)
+        step = make()
+        duration, first = seconds(step, WARM_UP, timed)
+        peak = torch.cuda.max_memory_allocated()
+        kernels = kernel_milliseconds(step)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     rate = tokens / duration
@@ -144,7 +170,8 @@ def measure(
         "tflops": rate * flops / 1e12,
         "share_of_matmul": rate * flops / ceiling,
         "first_step_seconds": first,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_gib": peak / 2**30,
+        "kernel_milliseconds": kernels,
     }
 
 
