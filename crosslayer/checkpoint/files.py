@@ -33,10 +33,7 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield scratch
-        sums = {file.name: sha256(file) for file in sorted(scratch.iterdir())}
-        write_json(scratch / CHECKSUMS, sums)
-        for path in (*scratch.iterdir(), scratch):
-            _flush(path)
+        seal(scratch, {file.name: sha256(file) for file in sorted(scratch.iterdir())})
         scratch.chmod(0o755)
         if target.exists():
             old = scratch.with_name(scratch.name + ".old")
@@ -49,9 +46,16 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             scratch.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def seal(folder: Path, checksums: dict[str, str]) -> None:
+    """Write the SHA-256 of the folder's files, by name, into it, and make sure that all of it is on the disk."""
+    write_json(folder / CHECKSUMS, checksums)
+    for path in (*folder.iterdir(), folder):
+        flush(path)
 
 
 def check_folder(folder: Path) -> None:
@@ -76,7 +80,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make sure that a file, or a folder's list of names, is on the disk before we go on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

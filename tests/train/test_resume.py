@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from crosslayer.checkpoint.state import Checkpoints
 from crosslayer.data import Batch, PreparedData
 from crosslayer.errors import UserError
 from crosslayer.train import loop as loop_module
 from crosslayer.train.step import StepOutput, TrainStep
 from tests.train.runs import metrics, prepare_corpus, run, same_weights
 
-# Checkpoints after steps 3, 6, 9; lines of metrics after 4, 8, 10; evaluations after 5.
+# Checkpoints after steps 3, 6, 9, 10; lines of metrics after 4, 8, 10; evaluations after 5.
 SETTINGS: dict[str, Any] = {"checkpoint_every": 3, "eval_every": 5, "eval_tokens": 30}
 
 
@@ -83,17 +84,14 @@ def raise_killed(*_: object, **__: object) -> None:
 
 
 def test_killed_between_metrics_and_checkpoint(data: PreparedData, whole: Path, tmp_path: Path) -> None:
-    saved = 0
-    plain = loop_module.save_state
+    plain = Checkpoints.save
 
-    def save(*arguments: Any) -> None:
-        nonlocal saved
-        saved += 1
-        if saved == 2:  # the one after step 6: metrics have lines of steps 4 and 5 by now
+    def save(self: Checkpoints, step: int, *arguments: Any) -> None:
+        if step == 6:  # metrics have lines of steps 4 and 5 by now
             raise Killed
-        plain(*arguments)
+        plain(self, step, *arguments)
 
-    kill(data, tmp_path, loop_module, "save_state", save)
+    kill(data, tmp_path, Checkpoints, "save", save)
     assert [line["step"] for line in metrics(tmp_path)] == [4, 5]
     assert_resumes(data, tmp_path, whole)
 
@@ -120,7 +118,7 @@ def test_killed_while_finishing(name: str, data: PreparedData, whole: Path, tmp_
 def test_a_damaged_checkpoint_is_passed_over(damage: str, data: PreparedData, whole: Path, tmp_path: Path) -> None:
     stop(data, tmp_path, 8)
     newest = tmp_path / "checkpoints" / "step-00000006"
-    weights = newest / "state.safetensors"
+    weights = newest / "rank-00000.safetensors"
     if damage == "weights":
         content = bytearray(weights.read_bytes())
         content[-3] ^= 1
@@ -133,13 +131,13 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, data: PreparedData, wh
         weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.warns(UserWarning, match=r"skipping a damaged checkpoint: .*step-00000006"):
         assert_resumes(data, tmp_path, whole)
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000006", "step-00000009"]
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000009", "step-00000010"]
 
 
 def test_no_checkpoint_that_is_whole(data: PreparedData, whole: Path, tmp_path: Path) -> None:
     stop(data, tmp_path, 8)
     for checkpoint in (tmp_path / "checkpoints").iterdir():
-        (checkpoint / "state.safetensors").unlink()
+        (checkpoint / "rank-00000.safetensors").unlink()
     with pytest.warns(UserWarning, match="skipping a damaged checkpoint") as warned:
         assert_resumes(data, tmp_path, whole)
     assert len(warned) == 2

@@ -91,7 +91,8 @@ def test_what_a_run_leaves(data: PreparedData, tmp_path: Path, capsys: pytest.Ca
     per_step = record_losses(pytest.MonkeyPatch())
     with per_step as losses:
         result = run(data, out, steps=10, eval_every=3, eval_tokens=40)
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "model", "result.json"}
+    files = {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "model", "result.json"}
+    assert {path.name for path in out.iterdir()} == files
     lines = metrics(out)
     assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 10, 10]
     assert all(line["tokens"] == line["step"] * 64 for line in lines)
