@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, write_json
 
@@ -24,14 +26,15 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
     holds the file `marker`, which tells that it is a folder of the same kind.
 
     Raises:
-        UserError: `target` exists and is something else.
+        UserError: `target` exists and is something else, or cannot be written.
     """
     target = target.absolute()
     if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
         raise UserError(f"{target}: exists and is not a folder with a {marker}; choose another place")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield scratch
         seal(scratch, {file.name: sha256(file) for file in sorted(scratch.iterdir())})
         scratch.chmod(0o755)
@@ -47,8 +50,11 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
         else:
             scratch.rename(target)
         flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def seal(folder: Path, checksums: dict[str, str]) -> None:

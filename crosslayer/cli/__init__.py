@@ -13,11 +13,18 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from crosslayer.cli import compare, evaluate, generate, plan, train
+from crosslayer.cli import compare, evaluate, export, generate, plan, train
 from crosslayer.errors import Stopped, UserError
 from crosslayer.version import __version__
 
-COMMANDS = {"plan": plan, "train": train, "compare": compare, "generate": generate, "evaluate": evaluate}
+COMMANDS = {
+    "plan": plan,
+    "train": train,
+    "export": export,
+    "compare": compare,
+    "generate": generate,
+    "evaluate": evaluate,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -70,7 +70,7 @@ class Journal:
             troubles["failed_checkpoints"] = failed_checkpoints
         self._write(done, **means, tokens_per_second=rate, **troubles)
         loss = f"loss {means['loss']:.3f}" if means else "skipped"
-        notes = "".join(f"  {count} {name.replace('_', ' ')}" for name, count in troubles.items() if count)
+        notes = "".join(f"  {name.replace('_', ' ')} {count}" for name, count in troubles.items() if count)
         text = f"step {done}/{recipe.steps}  {loss}  {rate:,.0f} tokens/s  {left} left{notes}"
         self.show(text, last=done == recipe.steps)
 

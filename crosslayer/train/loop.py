@@ -14,7 +14,7 @@ from crosslayer.data import PreparedData, TrainBatches
 from crosslayer.environment import describe_environment
 from crosslayer.errors import Stopped, UserError
 from crosslayer.evaluate import Score, score
-from crosslayer.files import read_json, write_json
+from crosslayer.files import read_json, write_json, writing_into
 from crosslayer.model import Transformer
 from crosslayer.ranks import rank
 from crosslayer.settings import to_mapping
@@ -25,6 +25,7 @@ from crosslayer.train.metrics import require_installed
 from crosslayer.train.step import TrainStep
 from crosslayer.train.stop import StopSignal
 
+CONFIG = "config.json"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
@@ -56,13 +57,11 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
         UserError: the folder was started with other settings (the message names the first that differs), or cannot
             be written.
     """
-    record = out / "config.json"
-    try:
+    record = out / CONFIG
+    with writing_into(out):
         out.mkdir(parents=True, exist_ok=True)
         if not record.exists():
             write_json(record, settings)
-    except OSError as error:
-        raise UserError(f"output folder {out} cannot be written: {error.strerror}") from None
     now, before = _flat(json.loads(json.dumps(settings))), _flat(read_json(record))
     for key in sorted((now.keys() | before.keys()) - MAY_CHANGE):
         if now.get(key) != before.get(key):
@@ -100,8 +99,9 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, evaluate, and write the model and the result."""
         if rank() == 0:  # kept beside the checkpoints, which are of no use without it
-            (self.out / TOKENIZER).mkdir(exist_ok=True)
-            self.data.tokenizer.save(self.out / TOKENIZER)
+            with writing_into(self.out):
+                (self.out / TOKENIZER).mkdir(exist_ok=True)
+                self.data.tokenizer.save(self.out / TOKENIZER)
         with closing(Checkpoints(self.out / CHECKPOINTS)) as checkpoints:
             state = checkpoints.load(self.model, self.step.optimizer)
             with closing(Journal(self.out, self.config, self.label, state)) as journal:
@@ -160,5 +160,6 @@ class _Run:
             **troubles,
             "environment": describe_environment(),
         }
-        write_json(self.out / RESULT, result)
+        with writing_into(self.out):
+            write_json(self.out / RESULT, result)
         return result

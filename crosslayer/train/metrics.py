@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from crosslayer.errors import UserError
-from crosslayer.files import read_json, write_json, write_whole
+from crosslayer.files import read_json, write_json, write_whole, writing_into
 from crosslayer.ranks import rank
 
 METRICS = "metrics.jsonl"
@@ -39,8 +39,9 @@ class MetricsFile:
     def __init__(self, folder: Path, num_lines: int) -> None:
         self._file = folder / METRICS
         self._waiting = ""
-        kept = read_metrics(folder)[:num_lines]
-        write_whole(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = "".join(json.dumps(line) + "\n" for line in read_metrics(folder)[:num_lines])
+        with writing_into(folder):
+            write_whole(self._file, kept)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._waiting += json.dumps({"step": step, **values}) + "\n"

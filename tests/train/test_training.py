@@ -253,6 +253,18 @@ def test_a_loss_that_is_no_number(
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(("steps", "log_every"), [(40, 4), (40, 1), (5, 4)])
+def test_steps_that_are_all_skipped(
+    steps: int, log_every: int, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose every batch breaks it stops; one that is broken by some goes on (tests/train/test_resume.py)."""
+    plain = TrainStep._loss
+    monkeypatch.setattr(TrainStep, "_loss", lambda *arguments: plain(*arguments) * math.inf)
+    with pytest.raises(UserError, match=r"step \d+: no finite gradients in the last \d+ steps, all of them skipped"):
+        run(data, tmp_path, steps=steps, log_every=log_every)
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_held_out_loss_that_is_no_number(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "score", lambda *_, **__: Score(math.nan, 1, 1))
     with pytest.raises(UserError, match="step 10: the loss is nan"):
