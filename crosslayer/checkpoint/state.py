@@ -78,7 +78,7 @@ class Checkpoints:
             if name not in self._copies:  # the memory serves one checkpoint after the other
                 self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._copies[name].copy_(tensor.detach(), non_blocking=True)
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.current_stream().synchronize()
         self._writing = self._background.submit(self._write, step, offsets, {"step": step, **progress})
 

@@ -97,6 +97,7 @@ class Journal:
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, beside the step. Waits for the steps so far."""
+        self._metrics.flush()
         return {
             "seconds": self.seconds,
             "num_lines": self._metrics.num_lines,

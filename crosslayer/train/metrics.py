@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from crosslayer.checkpoint.files import flush
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, write_json, write_whole, writing_into
 from crosslayer.ranks import rank
@@ -107,6 +108,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, step: int, num_lines: int) -> None:
         self.num_lines = num_lines
+        self._folder = folder
         self._destinations: list[Destination] = []
         if rank() != 0:
             return
@@ -120,6 +122,11 @@ class MetricsWriter:
         self.num_lines += 1
         for destination in self._destinations:
             destination.write(step, values)
+
+    def flush(self) -> None:
+        """Make sure that the lines so far are on the disk, before a checkpoint counts on them."""
+        if self._destinations:
+            flush(self._folder / METRICS)
 
     def close(self) -> None:
         for destination in self._destinations:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crosslayer.errors import Stopped
 from crosslayer.ranks import side_group
 
 
@@ -37,6 +38,8 @@ class StopSignal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._installed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._former is None else self._former)
+        if self._reduction is not None and (kind is None or issubclass(kind, Stopped)):
+            self._reduction[0].wait()  # the others wait for it too
         if kind is None and self._asked:
             signal.raise_signal(signal.SIGTERM)
 

@@ -15,6 +15,7 @@ import pytest
 from crosslayer.cli import COMMANDS, main
 from crosslayer.compare import CompareConfig
 from crosslayer.compare.config import DEFAULT
+from crosslayer.errors import Stopped
 from crosslayer.settings import load_settings
 from crosslayer.train import TrainConfig
 
@@ -275,6 +276,17 @@ def test_a_mistake_gets_one_line_and_status_2(
     assert message in line
     assert line.startswith("crosslayer")
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_stopped_by_sigterm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for told, message in (("at step 3", "crosslayer plan: at step 3\n"), ("", "")):
+
+        def stop(arguments: object, told: str = told) -> None:
+            raise Stopped(told)
+
+        monkeypatch.setattr(COMMANDS["plan"], "run", stop)
+        assert main(["plan", "--preset", "paper-1b"]) == 143
+        assert capsys.readouterr().err == message
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,22 +148,3 @@ def test_a_disk_without_room_for_the_model(folder: Path) -> None:
     assert status == 0
     assert "step " not in errors  # the first thing that it shows is held-out text
     assert_same(out, folder / "whole")
-
-
-def test_compare_stops_and_goes_on(folder: Path) -> None:
-    config = (folder / "config.yaml").read_text().replace("design: MQA-CLA2", "").replace("1e-2", "1e-2, tokens: 1920")
-    config = config.replace(f"tokens: {STEPS * 64}, ", "") + "designs: [MQA-CLA2]\n"
-    (folder / "compare.yaml").write_text(config)
-    out = folder / "compared"
-    arguments = ("compare", str(folder / "compare.yaml"), "--out", str(out))
-    command = Command(folder, *arguments)
-    run = out / "runs" / "MQA-CLA2" / "seed-0"
-    assert command.wait_for(lambda: len(read_metrics(run)) > 1)
-    status, errors = command.end(signal.SIGTERM)
-    assert status == 128 + signal.SIGTERM
-    assert "0 of 1 runs done; the same command goes on from here" in errors
-    assert "crosslayer compare: stopped by SIGTERM at step " in errors
-    status, errors = Command(folder, *arguments).end()
-    assert status == 0
-    assert (out / "report.html").exists()
-    assert [line["step"] for line in read_metrics(run) if "loss" in line] == list(range(3, 31, 3))
