@@ -1,10 +1,11 @@
 """Training state: everything needed to go on from a step as if nothing had happened, on any number of processes.
 
 A checkpoint is a folder `step-00001000` in which every process has put the part of the weights and of the optimizer's
-moments that it holds, as one safetensors file. torch.distributed.checkpoint decides who writes what and, when another
-number of processes reads it, where each piece is found; the files are laid out as its HuggingFaceStorageReader expects
-them. Its own default storage would keep a pickle. What is not a tensor is JSON. Data order is a function of (seed,
-step), so no sampler or generator state is kept.
+moments that it holds, as one safetensors file. The planners of torch.distributed.checkpoint decide who writes what and,
+when another number of processes reads it, where each piece is found; the files are laid out as its
+HuggingFaceStorageReader expects them. Its default storage would keep a pickle, and its own writers have no place for
+checksums. What is not a tensor is JSON. Data order is a function of (seed, step), so no sampler or generator state is
+kept.
 """
 
 from __future__ import annotations

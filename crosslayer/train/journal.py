@@ -113,8 +113,10 @@ class Journal:
 
 
 def require_finite(loss: float, step: int) -> None:
-    """Raises:
-    UserError: the loss is infinite or no number.
+    """Stop where the loss after `step` says that there is nothing left to train.
+
+    Raises:
+        UserError: it is infinite or no number.
     """
     if not math.isfinite(loss):
         raise UserError(f"step {step}: the loss is {loss}; lower train.learning_rate or train.clip")

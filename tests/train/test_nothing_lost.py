@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,9 +42,8 @@ class Command:
             command = ["bash", "-c", f'{shell}; exec "$@"', "bash", *command]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
-    def wait_for(self, what: object) -> bool:
+    def wait_for(self, what: Callable[[], bool]) -> bool:
         """Until `what()` is true; False if the command has ended before."""
-        assert callable(what)
         while not what():
             if self.process.poll() is not None:
                 return False
@@ -60,7 +59,7 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config, its text, and in whole/ a run that nothing has stopped."""
     folder = tmp_path_factory.mktemp("nothing-lost")
     (folder / "text").mkdir()
@@ -80,28 +79,36 @@ def assert_same(one: Path, other: Path) -> None:
     assert same_weights(one, other)
 
 
+def scratch_folders(out: Path) -> list[Path]:
+    """Of checkpoints that are being written, or were when the process was killed."""
+    return list((out / "checkpoints").glob(".step-*"))
+
+
 def test_killed_at_any_moment(folder: Path) -> None:
     """Five times in one run, three of them while a checkpoint is being written."""
-    out, chance = folder / "killed", random.Random(0)
-    checkpoints, cut_off = out / "checkpoints", 0
+    out, chance, cut_off = folder / "killed", random.Random(0), 0
     for number in range(5):
         started = time.time_ns()
         command = train(folder, "killed")
 
         def writing(started: int = started) -> bool:
-            return any(path.stat().st_mtime_ns > started for path in checkpoints.glob(".step-*"))
+            return any(path.stat().st_mtime_ns > started for path in scratch_folders(out))
 
-        assert command.wait_for(writing)
-        time.sleep(chance.uniform(0, 0.03) if number % 2 == 0 else chance.uniform(0.05, 0.4))
+        if number % 2 == 0:
+            assert command.wait_for(writing)
+            time.sleep(chance.uniform(0, 0.03))
+        else:
+            lines = len(read_metrics(out)) + chance.randint(1, 3)
+            assert command.wait_for(lambda lines=lines: len(read_metrics(out)) >= lines)
         command.process.kill()
         assert command.end()[0] == -signal.SIGKILL
         assert not (out / "result.json").exists()
-        cut_off += any(checkpoints.glob(".step-*"))
+        cut_off += any(scratch_folders(out))
     assert cut_off >= 2
     status, errors = train(folder, "killed").end()
     assert status == 0
     assert "damaged" not in errors  # what was cut off is not even seen
-    assert not any(checkpoints.glob(".step-*"))
+    assert not scratch_folders(out)
     assert_same(out, folder / "whole")
 
 
