@@ -185,12 +185,13 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for parameter, name in names.items()}
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """The tensors of a checkpoint: `model.NAME` and, for each kind of moment, `optimizer.KIND.NAME`."""
     state: dict[str, Tensor] = {}
+    moments = {} if optimizer is None else optimizer.state
     for name, parameter in _parameters(model).items():
         state[f"model.{name}"] = parameter.detach()
-        for kind, value in optimizer.state.get(parameter, {}).items():
+        for kind, value in moments.get(parameter, {}).items():
             state[f"optimizer.{kind}.{name}"] = value
     return state
 
@@ -198,17 +199,14 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     reader = HuggingFaceStorageReader(str(folder))
     metadata = reader.read_metadata()
-    parameters = _parameters(model)
     if optimizer is not None:
+        parameters = _parameters(model)
         for key, stored in metadata.state_dict_metadata.items():
             if key.startswith("optimizer."):
                 _, kind, name = key.split(".", 2)
                 optimizer.state[parameters[name]][kind] = _empty_moment(parameters[name], stored, optimizer)
-        state = _state(model, optimizer)
-    else:
-        state = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(state, metadata)
+    planner.set_up_planner(_state(model, optimizer), metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     reader.read_data(planner.create_local_plan(), planner).wait()
 
