@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that are no bugs: "the user can fix this", and "asked to stop"."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,11 @@ class UserError(ValueError):
 
     Its message is one line that says what was wrong, where, and what would be right. The command line prints it
     without a traceback and exits with status 2.
+    """
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM has come, and what was being done has been left so that it can go on.
+
+    The message says where it goes on; it is empty in all processes but one. The command line exits with status 143.
     """

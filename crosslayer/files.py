@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ def write_whole(file: Path, content: str | bytes) -> None:
 def write_json(file: Path, data: Any) -> None:
     """Write JSON as `write_whole` does."""
     write_whole(file, json.dumps(data, indent=2) + "\n")
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turns what keeps a file of an output folder from being written into a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, write_json
 
@@ -24,19 +26,17 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
     holds the file `marker`, which tells that it is a folder of the same kind.
 
     Raises:
-        UserError: `target` exists and is something else.
+        UserError: `target` exists and is something else, or cannot be written.
     """
     target = target.absolute()
     if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
         raise UserError(f"{target}: exists and is not a folder with a {marker}; choose another place")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield scratch
-        sums = {file.name: sha256(file) for file in sorted(scratch.iterdir())}
-        write_json(scratch / CHECKSUMS, sums)
-        for path in (*scratch.iterdir(), scratch):
-            _flush(path)
+        seal(scratch, {file.name: sha256(file) for file in sorted(scratch.iterdir())})
         scratch.chmod(0o755)
         if target.exists():
             old = scratch.with_name(scratch.name + ".old")
@@ -49,9 +49,19 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             scratch.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def seal(folder: Path, checksums: dict[str, str]) -> None:
+    """Write the SHA-256 of the folder's files, by name, into it, and make sure that all of it is on the disk."""
+    write_json(folder / CHECKSUMS, checksums)
+    for path in (*folder.iterdir(), folder):
+        flush(path)
 
 
 def check_folder(folder: Path) -> None:
@@ -76,7 +86,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make sure that a file, or a folder's list of names, is on the disk before we go on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

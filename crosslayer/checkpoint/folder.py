@@ -38,7 +38,7 @@ def save(
     stored as `dtype`, or as they are. A `tokenizer` puts its own files beside them.
 
     Raises:
-        UserError: `folder` exists and is not a model folder.
+        UserError: `folder` exists and is not a model folder, or cannot be written.
     """
     state = {
         name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from crosslayer.cli import compare, evaluate, generate, plan, train
-from crosslayer.errors import UserError
+from crosslayer.cli import compare, evaluate, export, generate, plan, train
+from crosslayer.errors import Stopped, UserError
 from crosslayer.version import __version__
 
-COMMANDS = {"plan": plan, "train": train, "compare": compare, "generate": generate, "evaluate": evaluate}
+COMMANDS = {
+    "plan": plan,
+    "train": train,
+    "export": export,
+    "compare": compare,
+    "generate": generate,
+    "evaluate": evaluate,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run a command; returns the exit status: 0, 2 for a user's mistake, 128 + the signal that ended it early."""
     parser = _Parser(prog="crosslayer", description="Transformers whose layers share their key/value cache.")
     parser.add_argument("--version", action="version", version=f"crosslayer {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -46,9 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if str(stopped):
+            print(f"{command.prog}: {stopped}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -67,6 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"{held_out['bits_per_byte']:.4f} bits per byte over {held_out['tokens']:,} tokens\n"
             f"model: {out / 'model'}"
         )
+        troubles = ("skipped_steps", "spikes", "failed_checkpoints")
+        if found := [f"{name.replace('_', ' ')} {result[name]}" for name in troubles if result[name]]:
+            print("to look into: " + ", ".join(found))
 
 
 def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> None:

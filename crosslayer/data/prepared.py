@@ -81,18 +81,19 @@ def prepare(config: DataConfig, cache_dir: Path | None = None, progress: Progres
             return open_prepared(folder)
         except UserError as error:
             progress(f"{error}; preparing the data again")
+    beside = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(mkdtemp(prefix=f".{fingerprint}-", dir=folder.parent))
+        _build(config, tokenizer, fingerprint, beside, progress)
+        _publish(beside, folder)
     except OSError as error:
         raise UserError(
             f"cache folder {folder.parent} cannot be written ({error.strerror}); set CROSSLAYER_CACHE"
         ) from error
-    try:
-        _build(config, tokenizer, fingerprint, beside, progress)
-        _publish(beside, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
     data = open_prepared(folder)
     progress(f"prepared {data.summary()}")
     return data

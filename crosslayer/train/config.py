@@ -11,6 +11,23 @@ from crosslayer.plan import ModelConfig, parse_design, preset
 from crosslayer.plan.training_memory import Recompute
 from crosslayer.settings import from_mapping, to_mapping, unknown_key
 
+# What may differ when a run goes on: it decides where and how the same steps are computed, what is written down about
+# them and when, but not which weights come out (other than in rounding). All else makes another run.
+MAY_CHANGE = frozenset(
+    {
+        "train.micro_batch_size",
+        "train.device",
+        "train.compile",
+        "train.activation_checkpointing",
+        "train.eval_every",
+        "train.eval_tokens",
+        "train.checkpoint_every",
+        "train.log_every",
+        "train.tensorboard",
+        "train.wandb",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -21,7 +38,8 @@ class Recipe:
     cosine to `final_ratio` of its peak. Weight decay applies to matrices only. `mask_documents` keeps packed documents
     from seeing each other. `precision` auto is bf16 on CUDA and fp32 elsewhere; `compile`, left open, is on for CUDA
     only. `eval_every`, `checkpoint_every` and `log_every` count steps; 0 leaves evaluations and checkpoints during the
-    run out. Evaluations during the run use `eval_tokens` of the held-out text, the last one all of it.
+    run out. Evaluations during the run use `eval_tokens` of the held-out text, the last one all of it. `wandb` is the
+    Weights & Biases project to log to.
 
     Raises:
         UserError: a value outside its range.
@@ -49,6 +67,7 @@ class Recipe:
     checkpoint_every: int = 500
     log_every: int = 10
     tensorboard: bool = False
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "sequence_length", "batch_size", "tensor_parallel", "log_every", "eval_tokens"):

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from crosslayer import checkpoint
-from crosslayer.checkpoint.state import load_state, save_state
+from crosslayer.checkpoint.state import Checkpoints
 from crosslayer.data import PreparedData, TrainBatches
 from crosslayer.environment import describe_environment
-from crosslayer.errors import UserError
+from crosslayer.errors import Stopped, UserError
 from crosslayer.evaluate import Score, score
-from crosslayer.files import read_json, write_json
+from crosslayer.files import read_json, write_json, writing_into
 from crosslayer.model import Transformer
+from crosslayer.ranks import rank
 from crosslayer.settings import to_mapping
-from crosslayer.train.config import TrainConfig
+from crosslayer.train.config import MAY_CHANGE, TrainConfig
 from crosslayer.train.host import autocast, choose_device
-from crosslayer.train.metrics import MetricsWriter, ProgressLine, clock, import_summary_writer
+from crosslayer.train.journal import Journal, require_finite
+from crosslayer.train.metrics import require_installed
 from crosslayer.train.step import TrainStep
+from crosslayer.train.stop import StopSignal
 
+CONFIG = "config.json"
 RESULT = "result.json"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
 
 
 def train(config: TrainConfig, data: PreparedData, out: Path, *, label: str = "train") -> dict[str, Any]:
     """Train a model, going on from the newest checkpoint in `out` if there is one.
 
-    `out` receives config.json, metrics.jsonl, checkpoints/, the finished model folder model/ and result.json, whose
-    content is returned: held-out scores, parameters, tokens, seconds of training and the machine. A run that has
-    finished is not repeated.
+    `out` receives config.json, tokenizer/, metrics.jsonl, checkpoints/, the finished model folder model/ and
+    result.json, whose content is returned: held-out scores, parameters, tokens, seconds of training and the machine. A
+    run that has finished is not repeated.
 
     Raises:
         UserError: `out` belongs to a run with another config or other data, the model or the data cannot be trained
             with as the config says, or the loss is no longer a number.
+        Stopped: SIGTERM has come while training; there is a checkpoint of the step that it stopped at.
     """
     result = out / RESULT
     # What cannot be built is refused before the folder is claimed for it.
@@ -48,21 +51,19 @@ def train(config: TrainConfig, data: PreparedData, out: Path, *, label: str = "t
 
 
 def claim_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Record in `out/config.json` what the run is, or check that it is the one recorded there.
+    """Record in `out/config.json` what the run is, or check that it is the one recorded there, but for what MAY_CHANGE.
 
     Raises:
         UserError: the folder was started with other settings (the message names the first that differs), or cannot
             be written.
     """
-    record = out / "config.json"
-    try:
+    record = out / CONFIG
+    with writing_into(out):
         out.mkdir(parents=True, exist_ok=True)
         if not record.exists():
             write_json(record, settings)
-    except OSError as error:
-        raise UserError(f"output folder {out} cannot be written: {error.strerror}") from None
     now, before = _flat(json.loads(json.dumps(settings))), _flat(read_json(record))
-    for key in sorted(now.keys() | before.keys()):
+    for key in sorted((now.keys() | before.keys()) - MAY_CHANGE):
         if now.get(key) != before.get(key):
             raise UserError(
                 f"{out} was started with {key} = {before.get(key)}, now it is {now.get(key)}; "
@@ -79,7 +80,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 class _Run:
     def __init__(self, config: TrainConfig, data: PreparedData, out: Path, label: str) -> None:
-        self.recipe, self.data, self.out, self.label = config.train, data, out, label
+        self.config, self.recipe, self.data, self.out, self.label = config, config.train, data, out, label
         recipe, tokenizer = self.recipe, data.tokenizer
         model_config = config.model_config(tokenizer)
         self.device = choose_device(recipe.device)
@@ -93,55 +94,48 @@ class _Run:
             seed=recipe.seed,
             eos_id=self.eos_id,
         )
-        if recipe.tensorboard:
-            import_summary_writer()
+        require_installed(tensorboard=recipe.tensorboard, wandb=recipe.wandb)
 
     def finish(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, evaluate, and write the model and the result."""
-        state = load_state(self.out / "checkpoints", self.model, self.step.optimizer)
-        state = state or {"step": 0, "seconds": 0.0, "unlogged_loss": 0.0}
-        steps = self.recipe.steps
-        with (
-            closing(MetricsWriter(self.out, state["step"], self.recipe.tensorboard)) as metrics,
-            closing(ProgressLine(self.label)) as progress,
-        ):
-            seconds = self._train(state, metrics, progress)
-            held_out = self._score(
-                None, lambda n, total: progress.show(f"held-out text {n:,}/{total:,} tokens", last=n == total)
-            )
-            _require_finite(held_out.loss, steps)
-            self._log(metrics, steps, **_validation(held_out))
-        return self._write(held_out, seconds)
-
-    def _train(self, state: dict[str, Any], metrics: MetricsWriter, progress: ProgressLine) -> float:
-        """All steps that `state` leaves; returns the seconds spent, those before `state` included."""
-        recipe, steps, first = self.recipe, self.recipe.steps, state["step"]
-        started = rated_at = time.monotonic()
-        rated_step = first
-        unlogged = torch.tensor(state["unlogged_loss"], device=self.device)  # summed over the steps since the last log
-        for step in range(first, steps):
-            unlogged += self.step(step, self.batches[step]).loss
-            done = step + 1
-            if done % recipe.log_every == 0 or done == steps:
-                loss = unlogged.item() / (step % recipe.log_every + 1)
-                now = time.monotonic()  # after .item(), which waits for the device
-                _require_finite(loss, done)
-                rate = (done - rated_step) * recipe.tokens_per_step / (now - rated_at)
-                self._log(metrics, done, loss=loss, tokens_per_second=rate)
-                left = clock((steps - done) * (now - started) / (done - first))
-                progress.show(
-                    f"step {done}/{steps}  loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left", last=done == steps
+        if rank() == 0:  # kept beside the checkpoints, which are of no use without it
+            with writing_into(self.out):
+                (self.out / TOKENIZER).mkdir(exist_ok=True)
+                self.data.tokenizer.save(self.out / TOKENIZER)
+        with closing(Checkpoints(self.out / CHECKPOINTS)) as checkpoints:
+            state = checkpoints.load(self.model, self.step.optimizer)
+            with closing(Journal(self.out, self.config, self.label, state)) as journal:
+                self._train(state["step"] if state else 0, checkpoints, journal)
+                seconds = journal.seconds
+                held_out = self._score(
+                    None, lambda n, total: journal.show(f"held-out text {n:,}/{total:,} tokens", last=n == total)
                 )
-                unlogged, rated_at, rated_step = torch.zeros_like(unlogged), now, done
-            paused_at = time.monotonic()
-            if recipe.eval_every and done % recipe.eval_every == 0 and done < steps:
-                self._log(metrics, done, **_validation(self._score(recipe.eval_tokens)))
-            if recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < steps:
-                seconds = state["seconds"] + time.monotonic() - started
-                progressed = {"seconds": seconds, "unlogged_loss": unlogged.item()}
-                save_state(self.out / "checkpoints", done, self.model, self.step.optimizer, progressed)
-            rated_at += time.monotonic() - paused_at  # tokens per second are those of training alone
-        return float(state["seconds"] + time.monotonic() - started)
+                require_finite(held_out.loss, self.recipe.steps)
+                journal.validate(self.recipe.steps, held_out)
+        return self._write(held_out, seconds, {**journal.counts, "failed_checkpoints": checkpoints.failed})
+
+    def _train(self, first: int, checkpoints: Checkpoints, journal: Journal) -> None:
+        """All steps from `first` on."""
+        recipe, steps = self.recipe, self.recipe.steps
+        save_every = recipe.checkpoint_every or steps + 1
+        with StopSignal() as stop:
+            for step in range(first, steps):
+                journal.add(self.step(step, self.batches[step]))
+                done = step + 1
+                stopping = stop.requested()
+                if done % recipe.log_every == 0 or done == steps:
+                    journal.report(done, failed_checkpoints=checkpoints.failed)
+                with journal.pause():
+                    if recipe.eval_every and done % recipe.eval_every == 0 and done < steps:
+                        journal.validate(done, self._score(recipe.eval_tokens))
+                    if stopping or done % save_every == 0 or (done == steps and recipe.checkpoint_every):
+                        checkpoints.save(done, self.model, self.step.optimizer, journal.to_dict())
+                if stopping:
+                    checkpoints.wait()
+                    newest = max(checkpoints.steps(), default=0)
+                    text = f"stopped by SIGTERM at step {done} of {steps}; the same command goes on from step {newest}"
+                    raise Stopped(text if rank() == 0 else "")
+            checkpoints.wait()  # before SIGTERM takes its usual effect again
 
     def _score(self, max_tokens: int | None, progress: Callable[[int, int], None] | None = None) -> Score:
         with autocast(self.device, self.recipe.precision):
@@ -155,10 +149,7 @@ class _Run:
                 progress=progress,
             )
 
-    def _log(self, metrics: MetricsWriter, step: int, **values: float) -> None:
-        metrics.write(step, tokens=step * self.recipe.tokens_per_step, **values)
-
-    def _write(self, held_out: Score, seconds: float) -> dict[str, Any]:
+    def _write(self, held_out: Score, seconds: float, troubles: dict[str, int]) -> dict[str, Any]:
         checkpoint.save(self.model, self.out / "model", tokenizer=self.data.tokenizer)
         result = {
             "validation": held_out.to_dict(),
@@ -166,20 +157,9 @@ class _Run:
             "tokens": self.recipe.steps * self.recipe.tokens_per_step,
             "steps": self.recipe.steps,
             "seconds": seconds,
+            **troubles,
             "environment": describe_environment(),
         }
-        write_json(self.out / RESULT, result)
+        with writing_into(self.out):
+            write_json(self.out / RESULT, result)
         return result
-
-
-def _require_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(f"step {step}: the loss is {loss}; lower train.learning_rate or train.clip")
-
-
-def _validation(held_out: Score) -> dict[str, float]:
-    return {
-        "validation_loss": held_out.loss,
-        "validation_perplexity": held_out.perplexity,
-        "validation_bits_per_byte": held_out.bits_per_byte,
-    }

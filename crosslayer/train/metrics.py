@@ -1,69 +1,162 @@
-"""Where a run's figures go: a progress line, metrics.jsonl, and TensorBoard where asked for."""
+"""Where a run's figures go: a progress line, metrics.jsonl, and TensorBoard and Weights & Biases where asked for."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 import sys
 import time
+import uuid
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
+from crosslayer.checkpoint.files import flush
 from crosslayer.errors import UserError
-from crosslayer.files import write_whole
+from crosslayer.files import read_json, write_json, write_whole, writing_into
+from crosslayer.ranks import rank
+
+METRICS = "metrics.jsonl"
+
+
+class Destination(Protocol):
+    """One of the places that figures go to."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """Appends one JSON object a line to `folder/metrics.jsonl`, after the first `num_lines`.
+
+    Lines beyond those, left by a run that was cut off after its last checkpoint, are dropped. While the disk is full
+    lines wait in memory, so that a run is not lost for want of a few bytes.
+    """
+
+    def __init__(self, folder: Path, num_lines: int) -> None:
+        self._file = folder / METRICS
+        self._waiting = ""
+        kept = "".join(json.dumps(line) + "\n" for line in read_metrics(folder)[:num_lines])
+        with writing_into(folder):
+            write_whole(self._file, kept)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._waiting += json.dumps({"step": step, **values}) + "\n"
+        whole = self._file.stat().st_size
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            os.truncate(self._file, whole)
+            warnings.warn(f"{self._file} cannot be written: {error.strerror}; its lines wait in memory", stacklevel=2)
+        else:
+            self._waiting = ""
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoard:
+    """Event files in `folder/tensorboard`; what a run that was cut off wrote after `step` is hidden."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        writer = _import("torch.utils.tensorboard", "tensorboard", "TensorBoard").SummaryWriter
+        self._writer = writer(folder / "tensorboard", purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of a Weights & Biases project, whose files are in `folder/wandb` and its id in `folder/wandb.json`, so that
+    a run that is started again goes on there too. What is logged twice, Weights & Biases ignores the second time."""
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+        record = folder / "wandb.json"
+        if not record.exists():
+            write_json(record, {"id": uuid.uuid4().hex[:16]})
+        self._run = _import("wandb", "wandb", "Weights & Biases").init(
+            project=project,
+            id=read_json(record)["id"],
+            resume="allow",
+            name=folder.name,
+            config=dict(config),
+            allow_val_change=True,
+            dir=str(folder),
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to `folder/metrics.jsonl`, from `first_step` on.
+    """All destinations that the config of a run asks for, in its `folder`; for processes other than rank 0, none.
 
-    Lines of later steps, left by a run that was cut off after its last checkpoint, are dropped.
-
-    Raises:
-        UserError: TensorBoard is asked for and not installed.
+    A run that goes on says from which `step`, and how many lines it had written by then, `num_lines`.
     """
 
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
-        summary_writer = import_summary_writer() if tensorboard else None
-        self._file = folder / "metrics.jsonl"
-        kept = [line for line in _lines(self._file) if line["step"] <= first_step]
-        write_whole(self._file, "".join(json.dumps(line) + "\n" for line in kept))
-        self._tensorboard: Any = None
-        if summary_writer:
-            self._tensorboard = summary_writer(folder / "tensorboard", purge_step=first_step + 1)
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, step: int, num_lines: int) -> None:
+        self.num_lines = num_lines
+        self._folder = folder
+        self._destinations: list[Destination] = []
+        if rank() != 0:
+            return
+        self._destinations.append(MetricsFile(folder, num_lines))
+        if config["train"]["tensorboard"]:
+            self._destinations.append(TensorBoard(folder, step))
+        if (project := config["train"]["wandb"]) is not None:
+            self._destinations.append(WeightsAndBiases(folder, project, config))
 
     def write(self, step: int, **values: float) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        self.num_lines += 1
+        for destination in self._destinations:
+            destination.write(step, values)
+
+    def flush(self) -> None:
+        """Make sure that the lines so far are on the disk, before a checkpoint counts on them."""
+        if self._destinations:
+            flush(self._folder / METRICS)
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for destination in self._destinations:
+            destination.close()
 
 
-def import_summary_writer() -> Any:
-    """TensorBoard's writer.
+def require_installed(*, tensorboard: bool, wandb: str | None) -> None:
+    """Before any work: what is asked for is there.
 
     Raises:
-        UserError: TensorBoard is not installed.
+        UserError: TensorBoard or Weights & Biases is not installed.
     """
+    if tensorboard:
+        _import("torch.utils.tensorboard", "tensorboard", "TensorBoard")
+    if wandb is not None:
+        _import("wandb", "wandb", "Weights & Biases")
+
+
+def _import(module: str, setting: str, product: str) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return importlib.import_module(module)
     except ImportError:
         raise UserError(
-            "train.tensorboard is on, but TensorBoard is not installed: pip install 'crosslayer[tensorboard]'"
+            f"train.{setting} is on, but {product} is not installed: pip install 'crosslayer[{setting}]'"
         ) from None
-    return SummaryWriter
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return list(_lines(folder / "metrics.jsonl"))
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
+    file = folder / METRICS
     if not file.exists():
         return []
     lines = []

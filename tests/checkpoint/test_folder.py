@@ -21,6 +21,7 @@ from crosslayer.checkpoint import files, folder
 from crosslayer.errors import UserError
 from crosslayer.model import Transformer
 from tests.conftest import BUILDABLE, tiny_config
+from tests.limits import file_size_limit
 from tests.model.checks import random_model, random_tokens
 
 WEIGHTS = "model.safetensors"
@@ -207,6 +208,16 @@ def test_crash_leaves_nothing_where_nothing_was(moment: str, tmp_path: Path, mon
     with pytest.raises(Crash):
         crosslayer.save(random_model(tiny_config()), tmp_path / "model", tokenizer=Words())
     assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_leaves_the_former_model(saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    message = rf"{saved} cannot be written: .*File too large"
+    for limit in (10, len(before[WEIGHTS]) // 2):
+        with file_size_limit(limit), pytest.raises(UserError, match=message):
+            crosslayer.save(random_model(tiny_config("cla3")), saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 
 def test_folder_of_another_kind_is_not_replaced(tmp_path: Path) -> None:

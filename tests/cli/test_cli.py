@@ -15,6 +15,7 @@ import pytest
 from crosslayer.cli import COMMANDS, main
 from crosslayer.compare import CompareConfig
 from crosslayer.compare.config import DEFAULT
+from crosslayer.errors import Stopped
 from crosslayer.settings import load_settings
 from crosslayer.train import TrainConfig
 
@@ -129,12 +130,59 @@ def test_a_damaged_checkpoint_is_reported_in_a_line(trained: Path, capsys: pytes
     command = ["train", str(trained / "config.yaml"), "train.checkpoint_every=4", "--out", str(out)]
     assert main(command) == 0
     (out / "result.json").unlink()
-    (out / "checkpoints" / "step-00000008" / "state.json").write_text("{}")
+    (out / "checkpoints" / "step-00000010" / "state.json").write_text("{}")
     capsys.readouterr()
     assert main(command) == 0
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith("crosslayer train: warning: skipping a damaged checkpoint: ")
-    assert "step-00000008" in first
+    assert "step-00000010" in first
+
+
+def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a run that was stopped, without its data, to a folder that the other commands take."""
+    run, out = tmp_path / "run", tmp_path / "model"
+    command = ["train", str(trained / "config.yaml"), "train.checkpoint_every=4", "--out", str(run)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crosslayer.train.loop._Run._score", interrupt)
+        assert main(command) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROSSLAYER_CACHE", str(tmp_path / "nothing"))
+        capsys.readouterr()
+        assert main(["export", str(run), "--out", str(out)]) == 0
+        assert capsys.readouterr().out == f"step 10: {out}\n"
+        assert main(["export", str(run), "--out", str(tmp_path / "earlier"), "--step", "8"]) == 0
+        assert not (tmp_path / "nothing").exists()
+    assert main(["generate", str(out), "3 cats", "--max-new-tokens", "2"]) == 0
+    assert main(command) == 0
+    names = {path.name for path in (run / "model").iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    assert all((out / name).read_bytes() == (run / "model" / name).read_bytes() for name in names)
+    weights = "model.safetensors"
+    assert (tmp_path / "earlier" / weights).read_bytes() != (out / weights).read_bytes()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_cache_is_made_again(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = (trained / "cache").glob("data/*/train-00000.bin")
+    whole = shard.read_bytes()
+    command = ["train", str(trained / "config.yaml"), "--out"]
+    for number, damage in enumerate((whole[:-2], whole[:100] + b"\xff\x00" + whole[102:], None)):
+        if damage is None:
+            shard.unlink()
+        else:
+            shard.write_bytes(damage)
+        capsys.readouterr()
+        out = tmp_path / str(number)
+        assert main([*command, str(out)]) == 0
+        first = capsys.readouterr().err.splitlines()[0]
+        assert str(shard) in first
+        assert first.endswith("preparing the data again")
+        assert shard.read_bytes() == whole
+        weights = "model/model.safetensors"
+        assert (out / weights).read_bytes() == (trained / "run" / weights).read_bytes()
 
 
 def test_a_tokenizer_that_does_not_fit_or_is_not_there(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +236,11 @@ def test_a_tokenizer_that_does_not_fit_or_is_not_there(trained: Path, capsys: py
         ("train {config} model.design=lckv --out {out}", "above"),
         ("train {config} train.seed=5 --out {run}", "train.seed"),
         ("compare {config} --out {out}", "designs is missing"),
+        ("export {none} --out {out}", "not the folder of a training run with checkpoints"),
+        ("export {model} --out {out}", "not the folder of a training run with checkpoints"),
+        ("export {run} --out {out} --step 3", "no whole checkpoint of step 3; there are those of [10]"),
+        ("export {run} --out {bad}", "exists and is not a folder with a config.json"),
+        ("export {run}", "required: --out"),
         ("plan --preset paper-9b", "paper-9b"),
         ("nonsense", "nonsense"),
         ("", "required: COMMAND; see crosslayer --help"),
@@ -225,10 +278,18 @@ def test_a_mistake_gets_one_line_and_status_2(
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(arguments: object) -> None:
-        raise KeyboardInterrupt
+def test_stopped_by_sigterm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for told, message in (("at step 3", "crosslayer plan: at step 3\n"), ("", "")):
 
+        def stop(arguments: object, told: str = told) -> None:
+            raise Stopped(told)
+
+        monkeypatch.setattr(COMMANDS["plan"], "run", stop)
+        assert main(["plan", "--preset", "paper-1b"]) == 143
+        assert capsys.readouterr().err == message
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(COMMANDS["plan"], "run", interrupt)
     assert main(["plan", "--preset", "paper-1b"]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import argparse
 import base64
 import json
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,9 +17,10 @@ import pytest
 
 import crosslayer.compare.run
 from crosslayer import checkpoint
+from crosslayer.checkpoint.state import Checkpoints
 from crosslayer.cli import compare as command
 from crosslayer.compare import CompareConfig, Results, compare, format_table
-from crosslayer.errors import UserError
+from crosslayer.errors import Stopped, UserError
 from crosslayer.settings import from_mapping
 
 TEXT = "shared keys and values travel up from layer to layer while queries stay at home, "
@@ -229,23 +231,28 @@ def _outcome(out: Path) -> tuple[Any, dict[str, bytes]]:
     return _without_times(json.loads((out / "results.json").read_text(encoding="utf-8"))), weights
 
 
-def test_interrupted_in_the_second_run_it_goes_on(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = micro(workplace)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_second_run_it_goes_on(
+    signum: int, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, workplace = micro(workplace), tmp_path
     compare(config, workplace / "whole")
     saves = 0
-    save_state = crosslayer.train.loop.save_state
+    save = Checkpoints.save
 
     def save_and_interrupt(*arguments: Any) -> None:
         nonlocal saves
         saves += 1
-        save_state(*arguments)
-        if saves == 3:  # each run saves twice
-            raise KeyboardInterrupt
+        save(*arguments)
+        if saves == 4:  # each run saves three times
+            signal.raise_signal(signum)
 
     with monkeypatch.context() as patch:
-        patch.setattr(crosslayer.train.loop, "save_state", save_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", save_and_interrupt)
+        with pytest.raises(KeyboardInterrupt) as interrupted:
             compare(config, workplace / "cut")
+    assert isinstance(interrupted.value, Stopped) == (signum == signal.SIGTERM)
+    assert "1 of 4 runs done; the same command goes on from here" in capsys.readouterr().err
     assert len(list((workplace / "cut").glob("runs/*/*/result.json"))) == 1
     assert not (workplace / "cut" / "results.json").exists()
 

@@ -17,6 +17,7 @@ from crosslayer.data import shards as shards_module
 from crosslayer.data.corpus import split_documents
 from crosslayer.data.shards import Shard, ShardWriter, record_dtype
 from crosslayer.errors import UserError
+from tests.limits import file_size_limit
 
 TEXTS = [f"Document {i}: é 世界 😀 and {'some more words ' * (i % 7)}\n" for i in range(200)]
 
@@ -111,6 +112,13 @@ def test_text_that_a_tokenizer_drops_or_rewrites_still_counts(normalizer: normal
     ends = np.flatnonzero(stream.read(0, len(stream)) == 0) + 1
     assert (widths >= 0).all()
     assert np.diff(np.cumsum(widths)[ends - 1], prepend=0).tolist() == [len(text.encode()) for text in texts]
+
+
+def test_a_full_disk(config: DataConfig, tmp_path: Path) -> None:
+    message = r"cache folder .* cannot be written \(File too large\); set CROSSLAYER_CACHE"
+    with file_size_limit(3000), pytest.raises(UserError, match=message):
+        quietly(config, tmp_path)
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_reuse_and_redo(config: DataConfig, tmp_path: Path) -> None:

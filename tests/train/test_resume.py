@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from crosslayer.data import Batch, PreparedData
-from crosslayer.errors import UserError
+from crosslayer.checkpoint.state import Checkpoints
+from crosslayer.data import Batch, PreparedData, TrainBatches
+from crosslayer.errors import Stopped, UserError
+from crosslayer.train import Recipe
 from crosslayer.train import loop as loop_module
+from crosslayer.train.config import MAY_CHANGE
 from crosslayer.train.step import StepOutput, TrainStep
 from tests.train.runs import metrics, prepare_corpus, run, same_weights
 
-# Checkpoints after steps 3, 6, 9; lines of metrics after 4, 8, 10; evaluations after 5.
+# Checkpoints after steps 3, 6, 9, 10; lines of metrics after 4, 8, 10; evaluations after 5.
 SETTINGS: dict[str, Any] = {"checkpoint_every": 3, "eval_every": 5, "eval_tokens": 30}
 
 
@@ -83,17 +90,14 @@ def raise_killed(*_: object, **__: object) -> None:
 
 
 def test_killed_between_metrics_and_checkpoint(data: PreparedData, whole: Path, tmp_path: Path) -> None:
-    saved = 0
-    plain = loop_module.save_state
+    plain = Checkpoints.save
 
-    def save(*arguments: Any) -> None:
-        nonlocal saved
-        saved += 1
-        if saved == 2:  # the one after step 6: metrics have lines of steps 4 and 5 by now
+    def save(self: Checkpoints, step: int, *arguments: Any) -> None:
+        if step == 6:  # metrics have lines of steps 4 and 5 by now
             raise Killed
-        plain(*arguments)
+        plain(self, step, *arguments)
 
-    kill(data, tmp_path, loop_module, "save_state", save)
+    kill(data, tmp_path, Checkpoints, "save", save)
     assert [line["step"] for line in metrics(tmp_path)] == [4, 5]
     assert_resumes(data, tmp_path, whole)
 
@@ -120,7 +124,7 @@ def test_killed_while_finishing(name: str, data: PreparedData, whole: Path, tmp_
 def test_a_damaged_checkpoint_is_passed_over(damage: str, data: PreparedData, whole: Path, tmp_path: Path) -> None:
     stop(data, tmp_path, 8)
     newest = tmp_path / "checkpoints" / "step-00000006"
-    weights = newest / "state.safetensors"
+    weights = newest / "rank-00000.safetensors"
     if damage == "weights":
         content = bytearray(weights.read_bytes())
         content[-3] ^= 1
@@ -133,13 +137,13 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, data: PreparedData, wh
         weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.warns(UserWarning, match=r"skipping a damaged checkpoint: .*step-00000006"):
         assert_resumes(data, tmp_path, whole)
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000006", "step-00000009"]
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000009", "step-00000010"]
 
 
 def test_no_checkpoint_that_is_whole(data: PreparedData, whole: Path, tmp_path: Path) -> None:
     stop(data, tmp_path, 8)
     for checkpoint in (tmp_path / "checkpoints").iterdir():
-        (checkpoint / "state.safetensors").unlink()
+        (checkpoint / "rank-00000.safetensors").unlink()
     with pytest.warns(UserWarning, match="skipping a damaged checkpoint") as warned:
         assert_resumes(data, tmp_path, whole)
     assert len(warned) == 2
@@ -169,3 +173,124 @@ def test_other_data_is_refused(whole: Path, tmp_path: Path) -> None:
     other = prepare_corpus(tmp_path, documents=119)
     with pytest.raises(UserError, match="was started with data_fingerprint = "):
         run(other, whole, **SETTINGS)
+
+
+# -- what may change ----------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, Any] = {
+    "micro_batch_size": 2,
+    "device": "cpu:0",
+    "compile": False,
+    "activation_checkpointing": "group",
+    "eval_every": 4,
+    "eval_tokens": 20,
+    "checkpoint_every": 2,
+    "log_every": 3,
+    "tensorboard": True,
+    "wandb": None,  # tests/train/test_metrics.py runs it
+}
+
+
+def test_each_of_them_is_a_setting_and_tried_here() -> None:
+    assert {f"train.{name}" for name in CHANGES} == MAY_CHANGE
+    assert CHANGES.keys() <= {field.name for field in fields(Recipe)}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_does_not_change_the_weights_may_change(
+    name: str, data: PreparedData, whole: Path, tmp_path: Path
+) -> None:
+    stop(data, tmp_path, 8)
+    result = run(data, tmp_path, **{**SETTINGS, name: CHANGES[name]})
+    if name == "micro_batch_size":  # sums are rounded in another order
+        assert result["validation"]["loss"] == pytest.approx(metrics(whole)[-1]["validation_loss"], rel=1e-5)
+    else:
+        assert same_weights(tmp_path, whole)
+    losses = {line["step"]: line["loss"] for line in metrics(tmp_path) if "loss" in line}
+    assert losses.keys() == ({4, 9, 10} if name == "log_every" else {4, 8, 10})
+    if name == "log_every":  # each line is the mean since the line before, wherever that was
+        of_whole = {line["step"]: line["loss"] for line in metrics(whole) if "loss" in line}
+        assert 5 * losses[9] + losses[10] == pytest.approx(4 * of_whole[8] + 2 * of_whole[10], rel=1e-6)
+
+
+# -- SIGTERM ------------------------------------------------------------------------------------------------------
+
+
+def stop_by_sigterm(data: PreparedData, out: Path, step: int, **settings: Any) -> Stopped:
+    """Run, and get SIGTERM in the middle of the step with this number."""
+    plain = TrainStep.__call__
+
+    def asked(self: TrainStep, number: int, batch: Batch) -> StepOutput:
+        if number == step:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, number, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", asked)
+        with pytest.raises(Stopped) as stopped:
+            run(data, out, **{**SETTINGS, **settings})
+    assert signal.getsignal(signal.SIGTERM) == before
+    return stopped.value
+
+
+@pytest.mark.parametrize("step", range(10))
+@pytest.mark.parametrize("checkpoint_every", [0, 3])
+def test_sigterm_ends_the_step_and_keeps_it(
+    checkpoint_every: int, step: int, data: PreparedData, whole: Path, tmp_path: Path
+) -> None:
+    stopped = stop_by_sigterm(data, tmp_path, step, checkpoint_every=checkpoint_every)
+    done = step + 1
+    assert str(stopped) == f"stopped by SIGTERM at step {done} of 10; the same command goes on from step {done}"
+    assert not (tmp_path / "result.json").exists()
+    assert_resumes(data, tmp_path, whole)
+
+
+def test_sigterm_after_the_last_step_takes_its_usual_effect(
+    data: PreparedData, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it comes while the last checkpoint is being written, which is finished first."""
+    plain = Checkpoints.wait
+
+    def asked(self: Checkpoints) -> None:
+        plain(self)
+        if self.steps()[-1:] == [10]:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, raise_killed)
+    try:
+        kill(data, tmp_path, Checkpoints, "wait", asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "checkpoints" / "step-00000010").exists()
+    assert not (tmp_path / "model").exists()
+    assert_resumes(data, tmp_path, whole)
+
+
+# -- steps that are skipped, across a stop ------------------------------------------------------------------------
+
+
+def test_skipped_steps_are_counted_once(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two batches have a loss that is no number: their steps change no weights, and count after a resume too."""
+    plain = TrainStep._loss
+
+    def broken(self: TrainStep, batch: Batch, rows: slice) -> Any:
+        loss = plain(self, batch, rows)
+        return loss * math.nan if (batch.inputs == broken_inputs).all(axis=(1, 2)).any() else loss
+
+    batches = TrainBatches(data.train, batch_size=4, sequence_length=16, seed=0)
+    broken_inputs = np.stack([batches[3].inputs, batches[5].inputs])
+    monkeypatch.setattr(TrainStep, "_loss", broken)
+    result = run(data, tmp_path / "whole", **SETTINGS)
+    lines = [line for line in metrics(tmp_path / "whole") if "loss" in line]
+    assert [line["skipped_steps"] for line in lines] == [1, 2, 2]
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
+    assert (result["skipped_steps"], result["spikes"], result["failed_checkpoints"]) == (2, 0, 0)
+    assert "skipped steps 2" in capsys.readouterr().err
+    for step in (5, 8):
+        stop(data, tmp_path / "stopped", step)
+    assert run(data, tmp_path / "stopped", **SETTINGS)["skipped_steps"] == 2
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    assert same_weights(tmp_path / "stopped", tmp_path / "whole")

@@ -91,7 +91,8 @@ def test_what_a_run_leaves(data: PreparedData, tmp_path: Path, capsys: pytest.Ca
     per_step = record_losses(pytest.MonkeyPatch())
     with per_step as losses:
         result = run(data, out, steps=10, eval_every=3, eval_tokens=40)
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "model", "result.json"}
+    files = {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "model", "result.json"}
+    assert {path.name for path in out.iterdir()} == files
     lines = metrics(out)
     assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 10, 10]
     assert all(line["tokens"] == line["step"] * 64 for line in lines)
@@ -249,6 +250,18 @@ def test_a_loss_that_is_no_number(
     monkeypatch.setattr(TrainStep, "__call__", diverging)
     with pytest.raises(UserError, match=rf"step 8: the loss is {loss}; lower train.learning_rate or train.clip"):
         run(data, tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("steps", "log_every"), [(40, 4), (40, 1), (5, 4)])
+def test_steps_that_are_all_skipped(
+    steps: int, log_every: int, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose every batch breaks it stops; one that is broken by some goes on (tests/train/test_resume.py)."""
+    plain = TrainStep._loss
+    monkeypatch.setattr(TrainStep, "_loss", lambda *arguments: plain(*arguments) * math.inf)
+    with pytest.raises(UserError, match=r"step \d+: no finite gradients in the last \d+ steps, all of them skipped"):
+        run(data, tmp_path, steps=steps, log_every=log_every)
     assert not (tmp_path / "model").exists()
 
 
