@@ -48,14 +48,16 @@ class TrainStep:
         self._graphed = GraphedLoss(self._loss, model.parameters()) if self._launches_are_slow() else None
 
     def _launches_are_slow(self) -> bool:
-        """Whether a GPU is done with a micro batch before the CPU has launched its kernels.
+        """Whether a GPU is done with a micro batch before the CPU has launched its kernels, and a graph can help.
 
-        That was seen below about 30 ms a micro batch; a graph of a larger one wins nothing and costs memory.
+        The CPU takes about 40 ms for twelve layers; a graph of what takes longer wins nothing and costs memory. The
+        masks of windows and documents cannot be captured.
         """
         recipe, config = self.recipe, self.model.config
+        masked = recipe.mask_documents or any(window is not None for window in config.plan.windows)
         tokens = (recipe.micro_batch_size or recipe.batch_size) * recipe.sequence_length
         flops = tokens * training_flops_per_token(config, recipe.sequence_length)
-        return self.device.type == "cuda" and not recipe.mask_documents and flops < GRAPH_FLOPS
+        return self.device.type == "cuda" and not masked and flops < GRAPH_FLOPS
 
     def __call__(self, step: int, batch: Batch) -> StepOutput:
         """Update the weights with step number `step` (from 0)."""

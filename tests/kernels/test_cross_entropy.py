@@ -53,7 +53,8 @@ def test_in_pytorch(dtype: torch.dtype, tolerance: float, scale: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_kernel(vocab_size: int, dtype: torch.dtype, scale: float) -> None:
-    check("cuda", dtype, vocab_size, scale, 1e-6)
+    # Of logits of several hundreds float32 knows no more than five digits after the point, and so of probabilities.
+    check("cuda", dtype, vocab_size, scale, 1e-6 * scale)
 
 
 @needs_cuda
