@@ -31,11 +31,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     from crosslayer.data import prepare
     from crosslayer.settings import load_settings
-    from crosslayer.train import TrainConfig, train
+    from crosslayer.train import TrainConfig, joined_processes, train
 
     config = load_settings(TrainConfig, file, overrides)
     out = Path(arguments.out)
-    result = train(config, prepare(config.data), out)
+    with joined_processes(config.train) as processes:
+        data = processes.first_alone(lambda: prepare(config.data))
+        result = train(config, data, out, processes=processes)
+    if not processes.first:
+        return
     if arguments.json:
         write_json_output(arguments.json, result)
     if arguments.json != "-":

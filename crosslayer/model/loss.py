@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 # Logits made at a time. On a CPU few enough for its cache; on a GPU enough rows for the matmuls to run at full speed.
 CPU_CHUNK = 2**19
@@ -20,49 +23,60 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden [N, C] and weight [V, C] in any float type (autocast is honoured), targets [N] int64, of which negative ones
     count for nothing. The gradients are
     worked out chunk by chunk in the forward pass, so memory is O(N·C + V·C) instead of O(N·V).
+
+    A DTensor `weight` has its rows spread evenly over a group of processes, all of which bring the same `hidden` and
+    `targets`, and get the same loss and gradient of `hidden`.
     """
     if not torch.is_grad_enabled():  # which the function below cannot see: it would work out gradients in vain
         hidden, weight = hidden.detach(), weight.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    group = None
+    if isinstance(weight, DTensor):
+        group, weight = weight.device_mesh.get_group(), weight.to_local()
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, group)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
             h, w = hidden.to(dtype), weight.to(dtype)
             accurate = torch.promote_types(dtype, torch.float32)
-            want_hidden, want_weight, _ = ctx.needs_input_grad
+            want_hidden, want_weight, *_ = ctx.needs_input_grad
             hidden_grad = torch.empty_like(h) if want_hidden else None
             weight_grad: Tensor | None = None
             total = torch.zeros((), dtype=accurate, device=hidden.device)
             rows = _chunk_rows(weight.shape[0], device)
-            softmax = _compiled_softmax() if device == "cuda" else _softmax
+            want_grad = want_hidden or want_weight
             for start in range(0, hidden.shape[0], rows):
-                chunk = h[start : start + rows]
-                losses, logits_grad = softmax(chunk @ w.T, targets[start : start + rows], want_hidden or want_weight)
+                chunk, wanted = h[start : start + rows], targets[start : start + rows]
+                if group is None:
+                    losses, logits_grad = _on(device, _softmax)(chunk @ w.T, wanted, want_grad)
+                else:
+                    losses, logits_grad = _spread_softmax(chunk @ w.T, wanted, want_grad, group)
                 total += losses.sum()
                 if hidden_grad is not None:
                     torch.mm(logits_grad, w, out=hidden_grad[start : start + rows])
                 if want_weight:
                     part = (logits_grad.T @ chunk).to(accurate)
                     weight_grad = part if weight_grad is None else weight_grad.add_(part)
+            if group is not None and hidden_grad is not None:
+                dist.all_reduce(hidden_grad, group=group)
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.dtypes = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (scale,) = grad_outputs
         hidden_grad, weight_grad = (
             None if grad is None else (grad * scale).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return hidden_grad, weight_grad, None
+        return hidden_grad, weight_grad, None, None
 
 
 def _chunk_rows(vocab_size: int, device: str) -> int:
@@ -73,19 +87,49 @@ def _chunk_rows(vocab_size: int, device: str) -> int:
 
 def _softmax(logits: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
     """The loss of each row of logits [N, V], and its gradient by them (empty where not wanted)."""
+    return _losses(logits, targets, 0, _terms(logits, targets, 0), want_grad)
+
+
+def _spread_softmax(
+    logits: Tensor, targets: Tensor, want_grad: bool, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """The same where each process of `group` has V columns of the logits, in the order of their ranks."""
+    device, first = logits.device.type, dist.get_rank(group) * logits.shape[1]
+    terms = _on(device, _terms)(logits, targets, first)
+    gathered = terms.new_empty((dist.get_world_size(group), *terms.shape))
+    dist.all_gather([*gathered], terms, group=group)
+    terms = torch.stack((gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)))
+    losses: tuple[Tensor, Tensor] = _on(device, _losses)(logits, targets, first, terms, want_grad)
+    return losses
+
+
+def _terms(logits: Tensor, targets: Tensor, first: int) -> Tensor:
+    """[2, N]: the log of each row's sum of exponentials, and the logit of its target. The columns count from `first`;
+    a target that is none of them has 0."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = exact.logsumexp(dim=-1, keepdim=True)
+    columns = targets - first
+    here = (columns >= 0) & (columns < logits.shape[1])
+    wanted = exact.gather(1, columns.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(-1)
+    return torch.stack((exact.logsumexp(dim=-1), torch.where(here, wanted, 0.0)))
+
+
+def _losses(logits: Tensor, targets: Tensor, first: int, terms: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
+    """From the terms of whole rows, the result of `_softmax` for these columns."""
+    normaliser, wanted = terms
     counts = targets >= 0
-    losses = normaliser.squeeze(-1) - exact.gather(1, targets.clamp(min=0)[:, None]).squeeze(-1)
-    losses = torch.where(counts, losses, 0.0)
+    losses = torch.where(counts, normaliser - wanted, 0.0)
     if not want_grad:
         return losses, losses.new_empty(0)
-    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    grad = (exact - normaliser).exp() - hit.to(exact.dtype)
+    hit = torch.arange(first, first + logits.shape[1], device=logits.device) == targets[:, None]
+    grad = (logits.to(losses.dtype) - normaliser[:, None]).exp() - hit.to(losses.dtype)
     return losses, torch.where(counts[:, None], grad, 0.0).to(logits.dtype)
 
 
+def _on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    return _compiled(function) if device == "cuda" else function
+
+
 @cache
-def _compiled_softmax() -> Any:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Two passes over the logits instead of a dozen.
-    return torch.compile(_softmax, dynamic=True)
+    return torch.compile(function, dynamic=True)

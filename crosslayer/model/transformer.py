@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from crosslayer.errors import UserError
@@ -31,8 +32,10 @@ Recompute = Literal["none", "block", "group"]
 
 def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
     """Several linear maps of one input. Compiled, they are a single matmul: laying the weights side by side then costs
-    nothing, as it is part of the cast to bfloat16."""
-    if len(projections) < 2 or not torch.compiler.is_compiling():
+    nothing, as it is part of the cast to bfloat16. Weights spread over processes stay apart: they may be cut in
+    different ways."""
+    spread = any(isinstance(projection.weight, DTensor) for projection in projections)
+    if len(projections) < 2 or spread or not torch.compiler.is_compiling():
         return tuple(projection(x) for projection in projections)
     weight = torch.cat(tuple(projection.weight for projection in projections))
     biases = tuple(projection.bias for projection in projections if projection.bias is not None)

@@ -15,12 +15,14 @@ from crosslayer.settings import from_mapping, to_mapping, unknown_key
 class Recipe:
     """How to train. The defaults are the paper's (arXiv 2405.12981, section 4) but for the size of a run.
 
-    `tokens` is the budget; `batch_size` counts sequences per optimizer step, of which `micro_batch_size` go through
-    the model at a time (default: all). The rate rises over the first `warmup_ratio` of the steps and falls along a
-    cosine to `final_ratio` of its peak. Weight decay applies to matrices only. `mask_documents` keeps packed documents
-    from seeing each other. `precision` auto is bf16 on CUDA and fp32 elsewhere; `compile`, left open, is on for CUDA
-    only. `eval_every`, `checkpoint_every` and `log_every` count steps; 0 leaves evaluations and checkpoints during the
-    run out. Evaluations during the run use `eval_tokens` of the held-out text, the last one all of it.
+    `tokens` is the budget; `batch_size` counts sequences per optimizer step, over all processes. A process sends at
+    most `micro_batch_size` of its part through the model at a time (default: all). `tensor_parallel` processes hold
+    parts of the same matrices and share the same sequences. The rate rises over the first `warmup_ratio` of the steps
+    and falls along a cosine to `final_ratio` of its peak. Weight decay applies to matrices only. `mask_documents` keeps
+    packed documents from seeing each other. `precision` auto is bf16 on CUDA and fp32 elsewhere; `compile`, left open,
+    is on for CUDA only. `eval_every`, `checkpoint_every` and `log_every` count steps; 0 leaves evaluations and
+    checkpoints during the run out. Evaluations during the run use `eval_tokens` of the held-out text, the last one all
+    of it.
 
     Raises:
         UserError: a value outside its range.
@@ -30,6 +32,7 @@ class Recipe:
     sequence_length: int = 256
     batch_size: int = 8
     micro_batch_size: int | None = None
+    tensor_parallel: int = 1
     learning_rate: float = 3e-4
     warmup_ratio: float = 0.05
     final_ratio: float = 0.1
@@ -49,7 +52,7 @@ class Recipe:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "sequence_length", "batch_size", "log_every", "eval_tokens"):
+        for name in ("tokens", "sequence_length", "batch_size", "tensor_parallel", "log_every", "eval_tokens"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("eval_every", "checkpoint_every", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""The training loop, on one device."""
+"""The training loop. Every process runs it; the first one reports and writes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ from crosslayer.model import Transformer
 from crosslayer.settings import to_mapping
 from crosslayer.train.config import TrainConfig
 from crosslayer.train.host import autocast, choose_device
-from crosslayer.train.metrics import MetricsWriter, ProgressLine, clock, import_summary_writer
+from crosslayer.train.metrics import MetricsWriter, ProgressLine, Unseen, clock, import_summary_writer
+from crosslayer.train.parallel import whole_model
+from crosslayer.train.processes import Processes
 from crosslayer.train.step import TrainStep
 
 RESULT = "result.json"
 
 
-def train(config: TrainConfig, data: PreparedData, out: Path, *, label: str = "train") -> dict[str, Any]:
+def train(
+    config: TrainConfig, data: PreparedData, out: Path, *, label: str = "train", processes: Processes | None = None
+) -> dict[str, Any]:
     """Train a model, going on from the newest checkpoint in `out` if there is one.
+
+    `processes`, from `joined_processes`, call this together; without them the run has one process.
 
     `out` receives config.json, metrics.jsonl, checkpoints/, the finished model folder model/ and result.json, whose
     content is returned: held-out scores, parameters, tokens, seconds of training and the machine. A run that has
@@ -40,11 +46,13 @@ def train(config: TrainConfig, data: PreparedData, out: Path, *, label: str = "t
         UserError: `out` belongs to a run with another config or other data, the model or the data cannot be trained
             with as the config says, or the loss is no longer a number.
     """
+    processes = processes or Processes(choose_device(config.train.device))
     result = out / RESULT
     # What cannot be built is refused before the folder is claimed for it.
-    run = None if result.exists() else _Run(config, data, out, label)
-    claim_folder(out, {**to_mapping(config), "data_fingerprint": data.fingerprint})
-    return read_json(result) if run is None else run.finish()
+    run = None if processes.on_first(result.exists) else _Run(config, data, out, label, processes)
+    settings = {**to_mapping(config), "data_fingerprint": data.fingerprint}
+    processes.on_first(lambda: claim_folder(out, settings))
+    return processes.on_first(lambda: read_json(result)) if run is None else run.finish()
 
 
 def claim_folder(out: Path, settings: dict[str, Any]) -> None:
@@ -78,13 +86,15 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, data: PreparedData, out: Path, label: str) -> None:
-        self.recipe, self.data, self.out, self.label = config.train, data, out, label
+    def __init__(self, config: TrainConfig, data: PreparedData, out: Path, label: str, processes: Processes) -> None:
+        self.recipe, self.data, self.out, self.label, self.processes = config.train, data, out, label, processes
         recipe, tokenizer = self.recipe, data.tokenizer
         model_config = config.model_config(tokenizer)
-        self.device = choose_device(recipe.device)
-        self.model = Transformer(model_config, seed=recipe.seed).to(self.device)
-        self.step = TrainStep(self.model, recipe)
+        self.device = processes.device
+        self.model = Transformer(model_config, seed=recipe.seed)
+        if processes.mesh is None:
+            self.model.to(self.device)
+        self.step = TrainStep(self.model, recipe, processes.mesh)
         self.eos_id = tokenizer.eos_id if recipe.mask_documents else None
         self.batches = TrainBatches(
             data.train,
@@ -92,18 +102,23 @@ class _Run:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed,
             eos_id=self.eos_id,
+            rank=processes.data_rank,
+            world_size=processes.data_size,
         )
         if recipe.tensorboard:
             import_summary_writer()
 
     def finish(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, evaluate, and write the model and the result."""
-        state = load_state(self.out / "checkpoints", self.model, self.step.optimizer)
+        state = None
+        if self.processes.mesh is None:  # TODO: checkpoints of several processes
+            state = load_state(self.out / "checkpoints", self.model, self.step.optimizer)
         state = state or {"step": 0, "seconds": 0.0, "unlogged_loss": 0.0}
         steps = self.recipe.steps
+        seen = self.processes.first
         with (
-            closing(MetricsWriter(self.out, state["step"], self.recipe.tensorboard)) as metrics,
-            closing(ProgressLine(self.label)) as progress,
+            closing(MetricsWriter(self.out, state["step"], self.recipe.tensorboard) if seen else Unseen()) as metrics,
+            closing(ProgressLine(self.label) if seen else Unseen()) as progress,
         ):
             seconds = self._train(state, metrics, progress)
             held_out = self._score(
@@ -113,7 +128,7 @@ class _Run:
             self._log(metrics, steps, **_validation(held_out))
         return self._write(held_out, seconds)
 
-    def _train(self, state: dict[str, Any], metrics: MetricsWriter, progress: ProgressLine) -> float:
+    def _train(self, state: dict[str, Any], metrics: MetricsWriter | Unseen, progress: ProgressLine | Unseen) -> float:
         """All steps that `state` leaves; returns the seconds spent, those before `state` included."""
         recipe, steps, first = self.recipe, self.recipe.steps, state["step"]
         started = rated_at = time.monotonic()
@@ -136,7 +151,12 @@ class _Run:
             paused_at = time.monotonic()
             if recipe.eval_every and done % recipe.eval_every == 0 and done < steps:
                 self._log(metrics, done, **_validation(self._score(recipe.eval_tokens)))
-            if recipe.checkpoint_every and done % recipe.checkpoint_every == 0 and done < steps:
+            if (
+                self.processes.mesh is None
+                and recipe.checkpoint_every
+                and done % recipe.checkpoint_every == 0
+                and done < steps
+            ):
                 seconds = state["seconds"] + time.monotonic() - started
                 progressed = {"seconds": seconds, "unlogged_loss": unlogged.item()}
                 save_state(self.out / "checkpoints", done, self.model, self.step.optimizer, progressed)
@@ -149,27 +169,35 @@ class _Run:
                 self.model,
                 self.data.valid,
                 sequence_length=self.recipe.sequence_length,
-                batch_size=self.recipe.micro_batch_size or self.recipe.batch_size,
+                batch_size=self.step.micro_batch_size,
                 max_tokens=max_tokens,
                 mask_documents_at=self.eos_id,
                 progress=progress,
+                group=self.processes.data_group,
             )
 
-    def _log(self, metrics: MetricsWriter, step: int, **values: float) -> None:
+    def _log(self, metrics: MetricsWriter | Unseen, step: int, **values: float) -> None:
         metrics.write(step, tokens=step * self.recipe.tokens_per_step, **values)
 
     def _write(self, held_out: Score, seconds: float) -> dict[str, Any]:
-        checkpoint.save(self.model, self.out / "model", tokenizer=self.data.tokenizer)
-        result = {
-            "validation": held_out.to_dict(),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "tokens": self.recipe.steps * self.recipe.tokens_per_step,
-            "steps": self.recipe.steps,
-            "seconds": seconds,
-            "environment": describe_environment(),
-        }
-        write_json(self.out / RESULT, result)
-        return result
+        model = self.model if self.processes.mesh is None else whole_model(self.model)
+
+        def write() -> dict[str, Any]:
+            assert model is not None
+            checkpoint.save(model, self.out / "model", tokenizer=self.data.tokenizer)
+            result = {
+                "validation": held_out.to_dict(),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "tokens": self.recipe.steps * self.recipe.tokens_per_step,
+                "steps": self.recipe.steps,
+                "seconds": seconds,
+                "processes": self.processes.count,
+                "environment": describe_environment(),
+            }
+            write_json(self.out / RESULT, result)
+            return result
+
+        return self.processes.on_first(write)
 
 
 def _require_finite(loss: float, step: int) -> None:

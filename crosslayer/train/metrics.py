@@ -106,6 +106,16 @@ class ProgressLine:
             print(file=self._stream, flush=True)
 
 
+class Unseen:
+    """Stands in for the writer and the line on processes that report nothing."""
+
+    def write(self, step: int, **values: float) -> None: ...
+
+    def show(self, text: str, *, last: bool = False) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def clock(seconds: float) -> str:
     """Seconds as M:SS or H:MM:SS."""
     minutes, rest = divmod(round(seconds), 60)

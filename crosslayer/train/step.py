@@ -5,28 +5,44 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from crosslayer.data import Batch
+from crosslayer.errors import UserError
 from crosslayer.model import Transformer
 from crosslayer.train.config import Recipe
-from crosslayer.train.host import autocast
+from crosslayer.train.host import autocast, uses_bf16
 from crosslayer.train.optimizer import clipped_step, learning_rate_at, make_optimizer
+from crosslayer.train.parallel import parallelize
 
 
 class StepOutput(NamedTuple):
-    """Mean loss of a batch, and the norm of its gradients before clipping: scalars on the device."""
+    """Mean loss of a batch and the norm of its gradients before clipping, over all processes: scalars on the device."""
 
     loss: Tensor
     grad_norm: Tensor
 
 
 class TrainStep:
-    """A model, its optimizer, and how a batch updates them. The model must be on its device already."""
+    """A model, its optimizer, and how a batch updates them.
 
-    def __init__(self, model: Transformer, recipe: Recipe) -> None:
+    A single process brings a model that is on its device. With a mesh, of the dimensions "data" and "tensor", each
+    process brings the same model and its own part of the batch; the model is then spread over the mesh.
+
+    Raises:
+        UserError: the model or the batch cannot be divided among the processes.
+    """
+
+    def __init__(self, model: Transformer, recipe: Recipe, mesh: DeviceMesh | None = None) -> None:
         self.model = model
         self.recipe = recipe
+        self.data_group = None if mesh is None else mesh.get_group("data")
+        self.micro_batch_size = _micro_batch_size(recipe, 1 if mesh is None else mesh["data"].size())
+        if mesh is not None:
+            parallelize(model, mesh, bf16=uses_bf16(torch.device(mesh.device_type), recipe.precision))
         self.device = model.lm_head.weight.device
         self.optimizer = make_optimizer(
             model,
@@ -51,12 +67,16 @@ class TrainStep:
                 warmup_ratio=recipe.warmup_ratio,
                 final_ratio=recipe.final_ratio,
             )
-        micro = recipe.micro_batch_size or recipe.batch_size
+        micro, rows = self.micro_batch_size, len(batch.inputs)
         total = torch.zeros((), device=self.device)
-        for start in range(0, recipe.batch_size, micro):
+        for start in range(0, rows, micro):
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(start + micro >= rows)
             loss = self._loss(batch, slice(start, start + micro)) / recipe.tokens_per_step
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        if self.data_group is not None:
+            dist.all_reduce(total, group=self.data_group)
         norm = clipped_step(self.optimizer, recipe.clip)
         self.optimizer.zero_grad(set_to_none=True)
         return StepOutput(total, norm)
@@ -78,3 +98,15 @@ class TrainStep:
         with autocast(self.device, self.recipe.precision):
             loss: Tensor = self.model(inputs, targets, document_ids=on_device("document_ids"))
         return loss
+
+
+def _micro_batch_size(recipe: Recipe, data_size: int) -> int:
+    """Sequences that each of `data_size` processes sends through the model at a time."""
+    rows = recipe.batch_size // data_size
+    micro = min(recipe.micro_batch_size or rows, rows)
+    if recipe.batch_size % data_size or rows % micro:
+        raise UserError(
+            f"train.batch_size {recipe.batch_size} cannot be divided among {data_size} processes, "
+            f"{recipe.micro_batch_size or 'any'} sequences at a time"
+        )
+    return micro

@@ -1,0 +1,184 @@
+"""A built model spread over processes: matrices over the tensor ranks (DTensor), then everything over the data ranks
+(FSDP2).
+
+These functions change a model in place and leave its code alone: weights become DTensors, and hooks turn activations
+into DTensors where they meet them. Between modules activations are plain tensors. With tensor parallelism they are
+whole outside attention, MLP and loss, and inside hold this rank's heads, features or part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from crosslayer.errors import UserError
+from crosslayer.model import Transformer
+from crosslayer.plan import ModelConfig
+
+HEADS = 2  # the dimension of heads in [B, T, heads, D]
+
+
+def parallelize(model: Transformer, mesh: DeviceMesh, *, bf16: bool) -> None:
+    """Spread `model`, whose weights are whole and equal on all processes, over a ("data", "tensor") mesh.
+
+    A block is gathered when it runs, the rest of the model for the whole step. Gradients are summed over the data
+    ranks, not averaged. With `bf16` weights are gathered in bfloat16, while gradients are summed, and the optimizer
+    works, in float32.
+
+    Raises:
+        UserError: the shape of the model does not allow so many tensor ranks.
+    """
+    tensor, data = mesh["tensor"], mesh["data"]
+    split = tensor.size() > 1
+    check_tensor_parallel(model.config, tensor.size())
+    # The tables of RoPE are inputs of a block, and stay in float32.
+    in_bf16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = in_bf16 if bf16 else MixedPrecisionPolicy()
+    for block in model.model.layers:  # one at a time, so that a device never holds the whole model
+        if split:
+            _split_block(block, model.config, tensor)
+        fully_shard(block, mesh=data, mp_policy=policy)
+    if split:
+        _split_vocabulary(model, tensor)
+    fully_shard(model, mesh=data, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # the only sum that every backend has
+    # Keys and values leave a block as views, but nothing ever writes to them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def check_tensor_parallel(config: ModelConfig, ranks: int) -> None:
+    """Whether the heads, features and vocabulary of a model can be shared out among so many tensor ranks.
+
+    Raises:
+        UserError: they cannot; the message names the field.
+    """
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        if (size := getattr(config, name)) % ranks:
+            hint = f"; model.vocab_size={-(-size // ranks) * ranks} pads it" if name == "vocab_size" else ""
+            raise UserError(f"train.tensor_parallel {ranks} must divide {name} {size}{hint}")
+    heads = config.num_key_value_heads
+    if heads % ranks and ranks % heads:
+        raise UserError(
+            f"train.tensor_parallel {ranks} must divide num_key_value_heads {heads}, or be a multiple of it: "
+            "a rank holds whole KV heads, or the one that all its query heads use"
+        )
+
+
+def whole_model(model: Transformer) -> Transformer | None:
+    """A copy of a spread model with whole weights, on the CPU of the first process; None on the others."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not state:
+        return None
+    with torch.device("meta"):
+        whole = Transformer(model.config)
+    whole.load_state_dict(state, assign=True)
+    return whole
+
+
+def _split_block(block: nn.Module, config: ModelConfig, mesh: DeviceMesh) -> None:
+    ranks, heads = mesh.size(), config.num_key_value_heads
+    if heads % ranks == 0:
+        key_value: ParallelStyle = ColwiseParallel()
+    else:  # every rank makes all KV heads (of MQA, the only one) and goes on with the one that its queries use
+        key_value = _Whole(output=_one_head(mesh.get_local_rank() * heads // ranks, config.head_dim))
+    styles = {
+        "input_layernorm": _Whole(),
+        "kv_layernorm": _Whole(),
+        "self_attn": _AttentionInput(),
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": key_value,
+        "self_attn.v_proj": key_value,
+        "self_attn.q_norm": _Whole(Shard(HEADS)),
+        "self_attn.k_norm": _Whole(Shard(HEADS)),
+        "self_attn.o_proj": RowwiseParallel(),
+        "post_attention_layernorm": _Whole(),
+        "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    present = {name for name, _ in block.named_modules()}
+    # Readers have no K/V projections. The weights are everywhere already: no rank needs to send them (None).
+    plan = {name: style for name, style in styles.items() if name in present}
+    parallelize_module(block, mesh, plan, src_data_rank=None)
+
+
+def _split_vocabulary(model: Transformer, mesh: DeviceMesh) -> None:
+    """Embedding and output projection by rows of the vocabulary; the loss deals with a weight split so."""
+    parallelize_module(
+        model,
+        mesh,
+        {
+            "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+            "model.norm": _Whole(),
+            "lm_head": ColwiseParallel(output_layouts=Replicate()),
+        },
+        src_data_rank=None,
+    )
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+class _Whole(ParallelStyle):
+    """A module with one input whose weights every rank holds in full; input and output are laid out as `layout`.
+
+    `output` may turn the output, a DTensor, into what the module returns; by default that is its local part.
+    """
+
+    def __init__(self, layout: Placement | None = None, output: Callable[[DTensor], Tensor] = DTensor.to_local) -> None:
+        self.layout = layout or Replicate()
+        self.output = output
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: tuple[Tensor]) -> DTensor:
+            (x,) = inputs
+            return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [self.layout], run_check=False)
+
+        def leave(_: nn.Module, inputs: tuple[Tensor], output: DTensor) -> Tensor:
+            return self.output(output)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return distribute_module(module, mesh)
+
+
+def _one_head(head: int, head_dim: int) -> Callable[[DTensor], Tensor]:
+    """The columns of one head, out of keys or values [B, T, G * D] that all ranks have.
+
+    What the ranks' queries send back are parts of one gradient. Autograd adds up those of all layers that read the
+    head, and only their sum, at the owner, is summed over the ranks: that is what Partial says.
+    """
+    return lambda kv: kv.to_local(grad_placements=[Partial()])[..., head * head_dim : (head + 1) * head_dim]
+
+
+class _AttentionInput(ParallelStyle):
+    """Makes DTensors of the two inputs of attention once, for all its projections: their gradients then add up on
+    each rank before the ranks are summed."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            q_input, kv_input, *rest = inputs
+            q = DTensor.from_local(q_input, mesh, [Replicate()], run_check=False)
+            kv = q if kv_input is q_input else DTensor.from_local(kv_input, mesh, [Replicate()], run_check=False)
+            return (q, kv, *rest)
+
+        module.register_forward_pre_hook(enter)
+        return module
