@@ -90,15 +90,13 @@ def whole_model(model: Transformer) -> Transformer | None:
     with torch.device("meta"):
         whole = Transformer(model.config)
     whole.load_state_dict(state, assign=True)
+    whole.tie_weights()
     return whole
 
 
 def _split_block(block: nn.Module, config: ModelConfig, mesh: DeviceMesh) -> None:
-    ranks, heads = mesh.size(), config.num_key_value_heads
-    if heads % ranks == 0:
-        key_value: ParallelStyle = ColwiseParallel()
-    else:  # every rank makes all KV heads (of MQA, the only one) and goes on with the one that its queries use
-        key_value = _Whole(output=_one_head(mesh.get_local_rank() * heads // ranks, config.head_dim))
+    # Each rank gets some of the KV heads; where it cannot, as in MQA, it makes all and goes on with one.
+    key_value = ColwiseParallel() if config.num_key_value_heads % mesh.size() == 0 else _OneHead(config)
     styles = {
         "input_layernorm": _Whole(),
         "kv_layernorm": _Whole(),
@@ -133,40 +131,49 @@ def _split_vocabulary(model: Transformer, mesh: DeviceMesh) -> None:
         },
         src_data_rank=None,
     )
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    # The sum over the ranks is still on its way, which a compiled block does not see: it would lose the gradient.
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.clone())
+    model.tie_weights()
 
 
 class _Whole(ParallelStyle):
-    """A module with one input whose weights every rank holds in full; input and output are laid out as `layout`.
+    """A module with one input whose weights every rank holds in full; input and output are laid out as `layout`."""
 
-    `output` may turn the output, a DTensor, into what the module returns; by default that is its local part.
-    """
-
-    def __init__(self, layout: Placement | None = None, output: Callable[[DTensor], Tensor] = DTensor.to_local) -> None:
+    def __init__(self, layout: Placement | None = None) -> None:
         self.layout = layout or Replicate()
-        self.output = output
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(self._enter(mesh))
+        module.register_forward_hook(self._leave(mesh))
+        return distribute_module(module, mesh)
+
+    def _enter(self, mesh: DeviceMesh) -> Callable[[nn.Module, tuple[Tensor]], DTensor]:
         def enter(_: nn.Module, inputs: tuple[Tensor]) -> DTensor:
             (x,) = inputs
             return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [self.layout], run_check=False)
 
-        def leave(_: nn.Module, inputs: tuple[Tensor], output: DTensor) -> Tensor:
-            return self.output(output)
+        return enter
 
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-        return distribute_module(module, mesh)
+    def _leave(self, mesh: DeviceMesh) -> Callable[[nn.Module, tuple[Tensor], DTensor], Tensor]:
+        return lambda module, inputs, output: output.to_local()
 
 
-def _one_head(head: int, head_dim: int) -> Callable[[DTensor], Tensor]:
-    """The columns of one head, out of keys or values [B, T, G * D] that all ranks have.
+class _OneHead(_Whole):
+    """A K or V projection that every rank holds in full, and of whose output [B, T, G * D] it goes on with the one
+    head that its queries use.
 
     What the ranks' queries send back are parts of one gradient. Autograd adds up those of all layers that read the
     head, and only their sum, at the owner, is summed over the ranks: that is what Partial says.
     """
-    return lambda kv: kv.to_local(grad_placements=[Partial()])[..., head * head_dim : (head + 1) * head_dim]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
+
+    def _leave(self, mesh: DeviceMesh) -> Callable[[nn.Module, tuple[Tensor], DTensor], Tensor]:
+        first = mesh.get_local_rank() * self.heads // mesh.size() * self.head_dim
+        last = first + self.head_dim
+        return lambda module, inputs, output: output.to_local(grad_placements=[Partial()])[..., first:last]
 
 
 class _AttentionInput(ParallelStyle):

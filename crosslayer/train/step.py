@@ -100,13 +100,15 @@ class TrainStep:
         return loss
 
 
-def _micro_batch_size(recipe: Recipe, data_size: int) -> int:
-    """Sequences that each of `data_size` processes sends through the model at a time."""
-    rows = recipe.batch_size // data_size
+def _micro_batch_size(recipe: Recipe, processes: int) -> int:
+    """Sequences that each of `processes` (data ranks) sends through the model at a time."""
+    rows, rest = divmod(recipe.batch_size, processes)
+    if rest or not rows:
+        raise UserError(f"train.batch_size {recipe.batch_size} must be a multiple of the data ranks, {processes}")
     micro = min(recipe.micro_batch_size or rows, rows)
-    if recipe.batch_size % data_size or rows % micro:
+    if rows % micro:
         raise UserError(
-            f"train.batch_size {recipe.batch_size} cannot be divided among {data_size} processes, "
-            f"{recipe.micro_batch_size or 'any'} sequences at a time"
+            f"train.micro_batch_size {micro} must divide the {rows} sequences of a data rank "
+            f"(batch_size {recipe.batch_size} over {processes})"
         )
     return micro

@@ -17,12 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from crosslayer.data import Batch
-from crosslayer.train import Recipe, joined_processes
+from crosslayer.data.prepared import open_prepared
+from crosslayer.errors import UserError
+from crosslayer.train import Recipe, joined_processes, train
 from crosslayer.train import step as step_module
 from crosslayer.train.parallel import whole_model
 from crosslayer.train.step import TrainStep
 from tests.conftest import tiny_config
 from tests.model.checks import random_model
+from tests.train.runs import config
 
 ROWS, LENGTH, STEPS = 8, 12, 4
 
@@ -57,7 +60,7 @@ class Trace:
 def trace(case: Case, mesh: DeviceMesh | None = None) -> Trace | None:
     """Train a model of float64 weights, gains and biases drawn at random; None on all processes but the first."""
     model = random_model(tiny_config(case.plan, **{"vocab_size": 64, **case.model})).double()
-    settings = {"batch_size": ROWS, "sequence_length": LENGTH, "learning_rate": 1e-2, "precision": "fp32"}
+    settings = {"batch_size": ROWS, "sequence_length": LENGTH, "learning_rate": 1e-2}
     recipe = Recipe(tokens=STEPS * ROWS * LENGTH, **{**settings, **case.recipe}, tensor_parallel=case.tensor_parallel)
     step = TrainStep(model, recipe, mesh)
     gradients: dict[str, Tensor] = {}
@@ -68,7 +71,9 @@ def trace(case: Case, mesh: DeviceMesh | None = None) -> Trace | None:
             if name not in gradients:
                 assert parameter.grad is not None, name
                 grad = parameter.grad
-                gradients[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+                gradients[name] = (
+                    grad.full_tensor() if isinstance(grad, DTensor) else grad
+                ).clone()  # the step scales it
         return plain(*arguments)
 
     step_module.clipped_step = look
@@ -99,25 +104,46 @@ def _part(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     return replace(batch, inputs=batch.inputs[rows], targets=batch.targets[rows], document_ids=ids)
 
 
-def trace_cases(folder: Path, cases: Sequence[Case]) -> None:
-    """Run by every process: the trace of case n to folder/n.pt."""
-    for number, case in enumerate(cases):
-        with joined_processes(Recipe(device="cpu", tensor_parallel=case.tensor_parallel)) as processes:
-            found = trace(case, processes.mesh)
-            if found is not None:
-                torch.save(found, folder / f"{number}.pt")
+def write_trace(case: Case, file: Path) -> None:
+    """Run by every process: the trace of a case to a file."""
+    with joined_processes(Recipe(device="cpu", tensor_parallel=case.tensor_parallel)) as processes:
+        found = trace(case, processes.mesh)
+        if found is not None:
+            torch.save(found, file)
 
 
-def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call `function` in `count` new processes with the environment that torchrun would give them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_enter, (count, port, function, arguments), nprocs=count)
+def write_run(data_folder: Path, out: Path, settings: dict[str, Any]) -> None:
+    """Run by every process: a whole training run."""
+    with joined_processes(config(**settings).train) as processes:
+        train(config(**settings), open_prepared(data_folder), out, processes=processes)
 
 
-def _enter(rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def fail_on_first(file: Path) -> None:
+    """Run by every process: what each is told of a UserError that only the first one meets, to file-RANK."""
+
+    def fail() -> None:
+        raise UserError("no such corpus")
+
+    with joined_processes(Recipe(device="cpu")) as processes:
+        try:
+            processes.first_alone(fail)
+        except UserError as error:
+            file.with_name(f"{file.name}-{os.environ['RANK']}").write_text(str(error))
+
+
+def in_processes(count: int, calls: Sequence[Callable[[], None]]) -> None:
+    """Make each call in `count` new processes, in an environment such as torchrun gives them."""
+    # A port a call: the first process may still have the last call's open when the others start the next.
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in calls]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    multiprocessing.spawn(_enter, (count, ports, calls), nprocs=count)
+
+
+def _enter(rank: int, count: int, ports: Sequence[int], calls: Sequence[Callable[[], None]]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
-    function(*arguments)
+    for port, call in zip(ports, calls, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        call()

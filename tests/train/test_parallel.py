@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.train.spread import Case, Trace, in_processes, trace, trace_cases
+from crosslayer import checkpoint
+from crosslayer.data import PreparedData
+from crosslayer.errors import UserError
+from crosslayer.model import Transformer
+from crosslayer.train import Recipe, joined_processes
+from crosslayer.train.parallel import check_tensor_parallel
+from crosslayer.train.step import TrainStep
+from tests.conftest import tiny_config
+from tests.train.runs import metrics, run, weights
+from tests.train.spread import Case, Trace, fail_on_first, in_processes, trace, write_run, write_trace
+
+REPOSITORY = Path(__file__).parents[2]
 
 MQA = {"num_key_value_heads": 1}
 EXTRAS = {"qk_norm": True, "attention_bias": True, "attention_output_bias": True}
@@ -22,7 +40,7 @@ CASES = {
         Case("fusedkv-lite", 1, EXTRAS, {"activation_checkpointing": "block", "micro_batch_size": 1}),
         Case("yoco:window=5", 1, {}, {"activation_checkpointing": "group"}),
         Case("cla2", 2, {**TIED, **EXTRAS}, {"activation_checkpointing": "group"}),
-        Case("fusedkv-lite", 2, {**MQA, **EXTRAS}, {"activation_checkpointing": "block", "micro_batch_size": 4}),
+        Case("fusedkv-lite", 2, {**MQA, "qk_norm": True}, {"compile": True, "micro_batch_size": 4}),
     ],
     4: [
         Case("cla3", 1, EXTRAS, {"activation_checkpointing": "block", "micro_batch_size": 1}),
@@ -34,49 +52,152 @@ CASES = {
         Case("cla3", 2, {"intermediate_size": 54, "separate_kv_norm": False}),  # parts that do not divide evenly
     ],
 }
+# Whole runs: evaluations on the way, held-out batches that the data ranks do not share evenly, packed documents.
+RUN: dict[str, Any] = {"steps": 6, "log_every": 1, "eval_every": 2, "eval_tokens": 80, "mask_documents": True}
+RUNS: dict[int, dict[str, Any]] = {
+    2: {"micro_batch_size": 1, "model": {"tie_word_embeddings": True}},
+    4: {"tensor_parallel": 2, "model": {"vocab_size": 320}},
+}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _traces(2, tmp_path_factory)
+def left_by(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A folder in which so many processes have left the traces of their cases, a run, and their errors."""
 
+    @cache
+    def start(count: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{count}-processes")
+        calls: list[Callable[[], None]] = [
+            partial(write_trace, case, folder / f"{number}.pt") for number, case in enumerate(CASES[count])
+        ]
+        calls.append(partial(write_run, data.folder, folder / "run", RUN | RUNS[count]))
+        calls.append(partial(fail_on_first, folder / "error"))
+        in_processes(count, calls)
+        return folder
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _traces(4, tmp_path_factory)
-
-
-def _traces(count: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(f"{count}-processes")
-    in_processes(count, trace_cases, folder, CASES[count])
-    return folder
-
-
-@pytest.mark.parametrize("number", range(len(CASES[2])), ids=[case.name for case in CASES[2]])
-def test_two_processes_train_as_one(number: int, two: Path) -> None:
-    _compare(CASES[2][number], two / f"{number}.pt")
+    return start
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(CASES[4])), ids=[case.name for case in CASES[4]])
-def test_four_processes_train_as_one(number: int, four: Path) -> None:
-    _compare(CASES[4][number], four / f"{number}.pt")
-
-
-def _compare(case: Case, file: Path) -> None:
-    found: Trace = torch.load(file, weights_only=False)
-    expected = trace(case)
+@pytest.mark.parametrize(
+    ("count", "number"),
+    [pytest.param(count, n, id=f"{count} {case.name}") for count in CASES for n, case in enumerate(CASES[count])],
+)
+def test_steps_are_those_of_one_process(count: int, number: int, left_by: Callable[[int], Path]) -> None:
+    found: Trace = torch.load(left_by(count) / f"{number}.pt", weights_only=False)
+    expected = trace(CASES[count][number])
     assert expected is not None
     assert found.losses == pytest.approx(expected.losses, rel=1e-6)  # they are summed in float32
     assert found.norms == pytest.approx(expected.norms, rel=1e-6)
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
-        assert _error(found.gradients[name], gradient) < 1e-11, name
+        assert error(found.gradients[name], gradient) < 1e-11, name
     assert found.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
-        assert _error(found.weights[name], weight) < 1e-6, name
+        assert error(found.weights[name], weight) < 1e-6, name
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
+def error(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", RUNS)
+def test_a_run_leaves_what_one_process_leaves(
+    count: int, left_by: Callable[[int], Path], data: PreparedData, tmp_path: Path
+) -> None:
+    out = left_by(count) / "run"
+    expected = run(data, tmp_path, **RUN | RUNS[count] | {"tensor_parallel": 1})
+    result = json.loads((out / "result.json").read_text())
+    assert (result["processes"], expected["processes"]) == (count, 1)
+    assert result["validation"] == pytest.approx(expected["validation"], rel=1e-6)
+    assert result["parameters"] == expected["parameters"]
+    assert [line.keys() for line in metrics(out)] == [line.keys() for line in metrics(tmp_path)]
+    for found, wanted in zip(metrics(out), metrics(tmp_path), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-6)
+    assert checkpoint.load(out / "model").config == checkpoint.load(tmp_path / "model").config
+    for name, weight in weights(tmp_path).items():
+        assert error(weights(out)[name], weight) < 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", RUNS)
+def test_a_mistake_that_the_first_process_meets_ends_all(count: int, left_by: Callable[[int], Path]) -> None:
+    told = [file.read_text() for file in left_by(count).glob("error-*")]
+    assert told == ["no such corpus"] * count
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["crosslayer", "train", "configs/tiny.yaml", "--out", str(tmp_path / "out"), "train.device=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CROSSLAYER_CACHE": str(tmp_path / "cache")}
+
+    def start(*settings: str) -> subprocess.CompletedProcess[str]:
+        everything = [*command, *settings]
+        return subprocess.run(everything, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+
+    settings = ["train.tokens=8192", "train.sequence_length=64", "train.checkpoint_every=0", "data.max_bytes=300_000"]
+    done = start(*settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss") == 1  # one process reports
+    assert done.stderr.count("step 16/16") == 1
+    assert checkpoint.load(tmp_path / "out" / "model").config.plan.key_sources == (0, 0, 2, 2, 4, 4)
+    refused = start(*settings, "train.tensor_parallel=3")
+    assert refused.returncode != 0
+    assert "train.tensor_parallel 3 must divide the number of processes, 2" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({}, 3, "train.tensor_parallel 3 must divide num_attention_heads 4"),
+        ({"intermediate_size": 50}, 4, "must divide intermediate_size 50"),
+        ({"vocab_size": 61}, 2, "must divide vocab_size 61; model.vocab_size=62 pads it"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 6}, 4, "must divide num_key_value_heads 6, or be a mul"),
+    ],
+)
+def test_a_shape_that_cannot_be_split(changes: dict[str, Any], ranks: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_tensor_parallel(tiny_config("cla2", **{"vocab_size": 64, **changes}), ranks)
+
+
+@pytest.mark.parametrize(("kv_heads", "ranks"), [(1, 4), (2, 4), (4, 2), (2, 2), (1, 1)])
+def test_shapes_that_can(kv_heads: int, ranks: int) -> None:
+    check_tensor_parallel(tiny_config("cla2", vocab_size=64, num_key_value_heads=kv_heads), ranks)
+
+
+def test_tensor_parallel_needs_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with (
+        pytest.raises(
+            UserError, match=r"tensor_parallel 2 must divide the number of processes, 1; torchrun --nproc-per"
+        ),
+        joined_processes(Recipe(tensor_parallel=2)),
+    ):
+        pass
+
+
+class Mesh:
+    """As much of a DeviceMesh as is looked at before a batch is found not to fit it."""
+
+    def __getitem__(self, name: str) -> Mesh:
+        return self
+
+    def get_group(self, name: str) -> None: ...
+
+    def size(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"batch_size": 6}, "train.batch_size 6 must be a multiple of the data ranks, 4"),
+        ({"batch_size": 24, "micro_batch_size": 4}, "micro_batch_size 4 must divide the 6 sequences of a data rank"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainStep(Transformer(tiny_config()), Recipe(**recipe), Mesh())  # type: ignore[arg-type]
