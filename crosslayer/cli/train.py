@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from crosslayer.cli.common import (
     add_json_argument,
@@ -38,11 +39,14 @@ def run(arguments: argparse.Namespace) -> None:
     with joined_processes(config.train) as processes:
         data = processes.first_alone(lambda: prepare(config.data))
         result = train(config, data, out, processes=processes)
-    if not processes.first:
-        return
-    if arguments.json:
-        write_json_output(arguments.json, result)
-    if arguments.json != "-":
+        if processes.first:
+            _report(result, arguments.json, out)
+
+
+def _report(result: dict[str, Any], json: str | None, out: Path) -> None:
+    if json:
+        write_json_output(json, result)
+    if json != "-":
         held_out = result["validation"]
         print(
             f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in {result['seconds']:.0f} s\n"
