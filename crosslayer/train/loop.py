@@ -22,10 +22,10 @@ from crosslayer.files import read_json, write_json
 from crosslayer.model import Transformer
 from crosslayer.settings import to_mapping
 from crosslayer.train.config import TrainConfig
-from crosslayer.train.host import autocast, choose_device
+from crosslayer.train.host import autocast
 from crosslayer.train.metrics import MetricsWriter, ProgressLine, Unseen, clock, import_summary_writer
 from crosslayer.train.parallel import whole_model
-from crosslayer.train.processes import Processes
+from crosslayer.train.processes import Processes, single_process
 from crosslayer.train.step import TrainStep
 
 RESULT = "result.json"
@@ -46,7 +46,7 @@ def train(
         UserError: `out` belongs to a run with another config or other data, the model or the data cannot be trained
             with as the config says, or the loss is no longer a number.
     """
-    processes = processes or Processes(choose_device(config.train.device))
+    processes = processes or single_process(config.train)
     result = out / RESULT
     # What cannot be built is refused before the folder is claimed for it.
     run = None if processes.on_first(result.exists) else _Run(config, data, out, label, processes)

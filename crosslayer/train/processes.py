@@ -88,20 +88,34 @@ def joined_processes(recipe: Recipe) -> Iterator[Processes]:
         UserError: `tensor_parallel` does not divide the number of processes, or this one's device cannot be used.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    tensor = recipe.tensor_parallel
-    if count % tensor:
-        raise UserError(
-            f"train.tensor_parallel {tensor} must divide the number of processes, {count}; "
-            f"torchrun --nproc-per-node {tensor} -m crosslayer train ... starts {tensor}"
-        )
     if count == 1:
-        yield Processes(choose_device(recipe.device))
+        yield single_process(recipe)
         return
+    _check_tensor_parallel(recipe, count)
     device = choose_device(recipe.device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    mesh = init_device_mesh(device.type, (count // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    shape = (count // recipe.tensor_parallel, recipe.tensor_parallel)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
     yield Processes(device, mesh, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     # Not after an error: the others may be in a collective, which only the end of this process ends.
     dist.destroy_process_group()
+
+
+def single_process(recipe: Recipe) -> Processes:
+    """This process alone, whatever the environment says.
+
+    Raises:
+        UserError: the recipe asks for several, or the device cannot be used.
+    """
+    _check_tensor_parallel(recipe, 1)
+    return Processes(choose_device(recipe.device))
+
+
+def _check_tensor_parallel(recipe: Recipe, processes: int) -> None:
+    if processes % (ranks := recipe.tensor_parallel):
+        raise UserError(
+            f"train.tensor_parallel {ranks} must divide the number of processes, {processes}; "
+            f"torchrun --nproc-per-node {ranks} -m crosslayer train ... starts {ranks}"
+        )

@@ -72,6 +72,7 @@ def left_by(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Cal
             partial(write_trace, case, folder / f"{number}.pt") for number, case in enumerate(CASES[count])
         ]
         calls.append(partial(write_run, data.folder, folder / "run", RUN | RUNS[count]))
+        calls.append(partial(write_run, data.folder, folder / "bf16", RUN | RUNS[count] | {"precision": "bf16"}))
         calls.append(partial(fail_on_first, folder / "error"))
         in_processes(count, calls)
         return folder
@@ -126,6 +127,17 @@ def test_a_run_leaves_what_one_process_leaves(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", RUNS)
+def test_bfloat16_is_close_and_keeps_float32_weights(count: int, left_by: Callable[[int], Path]) -> None:
+    exact, rounded = (
+        [line["loss"] for line in metrics(left_by(count) / name) if "loss" in line] for name in ("run", "bf16")
+    )
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.01)
+    assert {weight.dtype for weight in weights(left_by(count) / "bf16").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", RUNS)
 def test_a_mistake_that_the_first_process_meets_ends_all(count: int, left_by: Callable[[int], Path]) -> None:
     told = [file.read_text() for file in left_by(count).glob("error-*")]
     assert told == ["no such corpus"] * count
@@ -171,7 +183,7 @@ def test_shapes_that_can(kv_heads: int, ranks: int) -> None:
     check_tensor_parallel(tiny_config("cla2", vocab_size=64, num_key_value_heads=kv_heads), ranks)
 
 
-def test_tensor_parallel_needs_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_parallel_needs_processes(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with (
         pytest.raises(
