@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+
+from crosslayer.model.spread_loss import spread_cross_entropy
 
 # Logits made at a time. On a CPU few enough for its cache; on a GPU enough rows for the matmuls to run at full speed.
 CPU_CHUNK = 2**19
@@ -49,13 +50,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_grad: Tensor | None = None
             total = torch.zeros((), dtype=accurate, device=hidden.device)
             rows = _chunk_rows(weight.shape[0], device)
-            want_grad = want_hidden or want_weight
+            softmax = _compiled_softmax() if device == "cuda" else _softmax
             for start in range(0, hidden.shape[0], rows):
-                chunk, wanted = h[start : start + rows], targets[start : start + rows]
+                chunk = h[start : start + rows]
+                logits, wanted, want_grad = chunk @ w.T, targets[start : start + rows], want_hidden or want_weight
                 if group is None:
-                    losses, logits_grad = _on(device, _softmax)(chunk @ w.T, wanted, want_grad)
+                    losses, logits_grad = softmax(logits, wanted, want_grad)
                 else:
-                    losses, logits_grad = _spread_softmax(chunk @ w.T, wanted, want_grad, group)
+                    losses, logits_grad = spread_cross_entropy(logits, wanted, want_grad, group), logits
                 total += losses.sum()
                 if hidden_grad is not None:
                     torch.mm(logits_grad, w, out=hidden_grad[start : start + rows])
@@ -87,49 +89,19 @@ def _chunk_rows(vocab_size: int, device: str) -> int:
 
 def _softmax(logits: Tensor, targets: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
     """The loss of each row of logits [N, V], and its gradient by them (empty where not wanted)."""
-    return _losses(logits, targets, 0, _terms(logits, targets, 0), want_grad)
-
-
-def _spread_softmax(
-    logits: Tensor, targets: Tensor, want_grad: bool, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """The same where each process of `group` has V columns of the logits, in the order of their ranks."""
-    device, first = logits.device.type, dist.get_rank(group) * logits.shape[1]
-    terms = _on(device, _terms)(logits, targets, first)
-    gathered = terms.new_empty((dist.get_world_size(group), *terms.shape))
-    dist.all_gather([*gathered], terms, group=group)
-    terms = torch.stack((gathered[:, 0].logsumexp(dim=0), gathered[:, 1].sum(dim=0)))
-    losses: tuple[Tensor, Tensor] = _on(device, _losses)(logits, targets, first, terms, want_grad)
-    return losses
-
-
-def _terms(logits: Tensor, targets: Tensor, first: int) -> Tensor:
-    """[2, N]: the log of each row's sum of exponentials, and the logit of its target. The columns count from `first`;
-    a target that is none of them has 0."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    columns = targets - first
-    here = (columns >= 0) & (columns < logits.shape[1])
-    wanted = exact.gather(1, columns.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(-1)
-    return torch.stack((exact.logsumexp(dim=-1), torch.where(here, wanted, 0.0)))
-
-
-def _losses(logits: Tensor, targets: Tensor, first: int, terms: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
-    """From the terms of whole rows, the result of `_softmax` for these columns."""
-    normaliser, wanted = terms
+    normaliser = exact.logsumexp(dim=-1, keepdim=True)
     counts = targets >= 0
-    losses = torch.where(counts, normaliser - wanted, 0.0)
+    losses = normaliser.squeeze(-1) - exact.gather(1, targets.clamp(min=0)[:, None]).squeeze(-1)
+    losses = torch.where(counts, losses, 0.0)
     if not want_grad:
         return losses, losses.new_empty(0)
-    hit = torch.arange(first, first + logits.shape[1], device=logits.device) == targets[:, None]
-    grad = (logits.to(losses.dtype) - normaliser[:, None]).exp() - hit.to(losses.dtype)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    grad = (exact - normaliser).exp() - hit.to(exact.dtype)
     return losses, torch.where(counts[:, None], grad, 0.0).to(logits.dtype)
 
 
-def _on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    return _compiled(function) if device == "cuda" else function
-
-
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_softmax() -> Any:
     # Two passes over the logits instead of a dozen.
-    return torch.compile(function, dynamic=True)
+    return torch.compile(_softmax, dynamic=True)

@@ -82,6 +82,22 @@ class Recipe:
     def steps(self) -> int:
         return self.tokens // self.tokens_per_step
 
+    def micro_batch_of(self, data_ranks: int) -> int:
+        """Sequences that each of `data_ranks` sends through the model at a time.
+
+        Raises:
+            UserError: a batch cannot be divided among them, or their parts not into micro batches.
+        """
+        rows, rest = divmod(self.batch_size, data_ranks)
+        _require(not rest, f"train.batch_size {self.batch_size} must be a multiple of the data ranks, {data_ranks}")
+        micro = min(self.micro_batch_size or rows, rows)
+        _require(
+            rows % micro == 0,
+            f"train.micro_batch_size {micro} must divide the {rows} sequences of a data rank "
+            f"(batch_size {self.batch_size} over {data_ranks})",
+        )
+        return micro
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from crosslayer.data import Batch
-from crosslayer.errors import UserError
 from crosslayer.model import Transformer
 from crosslayer.train.config import Recipe
 from crosslayer.train.host import autocast, uses_bf16
@@ -40,7 +39,7 @@ class TrainStep:
         self.model = model
         self.recipe = recipe
         self.data_group = None if mesh is None else mesh.get_group("data")
-        self.micro_batch_size = _micro_batch_size(recipe, 1 if mesh is None else mesh["data"].size())
+        self.micro_batch_size = recipe.micro_batch_of(1 if mesh is None else mesh["data"].size())
         if mesh is not None:
             parallelize(model, mesh, bf16=uses_bf16(torch.device(mesh.device_type), recipe.precision))
         self.device = model.lm_head.weight.device
@@ -98,17 +97,3 @@ class TrainStep:
         with autocast(self.device, self.recipe.precision):
             loss: Tensor = self.model(inputs, targets, document_ids=on_device("document_ids"))
         return loss
-
-
-def _micro_batch_size(recipe: Recipe, processes: int) -> int:
-    """Sequences that each of `processes` (data ranks) sends through the model at a time."""
-    rows, rest = divmod(recipe.batch_size, processes)
-    if rest or not rows:
-        raise UserError(f"train.batch_size {recipe.batch_size} must be a multiple of the data ranks, {processes}")
-    micro = min(recipe.micro_batch_size or rows, rows)
-    if rows % micro:
-        raise UserError(
-            f"train.micro_batch_size {micro} must divide the {rows} sequences of a data rank "
-            f"(batch_size {recipe.batch_size} over {processes})"
-        )
-    return micro

@@ -19,10 +19,8 @@ from torch import Tensor
 from crosslayer import checkpoint
 from crosslayer.data import PreparedData
 from crosslayer.errors import UserError
-from crosslayer.model import Transformer
 from crosslayer.train import Recipe, joined_processes
 from crosslayer.train.parallel import check_tensor_parallel
-from crosslayer.train.step import TrainStep
 from tests.conftest import tiny_config
 from tests.train.runs import metrics, run, weights
 from tests.train.spread import Case, Trace, fail_on_first, in_processes, trace, write_run, write_trace
@@ -194,18 +192,6 @@ def test_tensor_parallel_needs_processes(data: PreparedData, tmp_path: Path, mon
         pass
 
 
-class Mesh:
-    """As much of a DeviceMesh as is looked at before a batch is found not to fit it."""
-
-    def __getitem__(self, name: str) -> Mesh:
-        return self
-
-    def get_group(self, name: str) -> None: ...
-
-    def size(self) -> int:
-        return 4
-
-
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -215,4 +201,9 @@ class Mesh:
 )
 def test_a_batch_that_cannot_be_divided(recipe: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        TrainStep(Transformer(tiny_config()), Recipe(**recipe), Mesh())  # type: ignore[arg-type]
+        Recipe(**recipe).micro_batch_of(4)
+
+
+def test_micro_batches_of_a_part() -> None:
+    recipe = Recipe(batch_size=24, micro_batch_size=4)
+    assert [recipe.micro_batch_of(ranks) for ranks in (1, 2, 3, 6, 12, 24)] == [4, 4, 4, 4, 2, 1]
