@@ -97,8 +97,7 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model

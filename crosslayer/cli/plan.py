@@ -14,6 +14,7 @@ from crosslayer.files import write_whole
 from crosslayer.plan import ModelConfig
 from crosslayer.plan.cost import BYTES_PER_ELEMENT, Cost
 from crosslayer.plan.draw import draw
+from crosslayer.plan.pipeline import pipeline_stages
 from crosslayer.plan.presets import PRESETS, parse_design, preset
 from crosslayer.plan.units import format_bytes, format_flops, parse_bytes
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
     parser.add_argument("--memory", default="80GiB", metavar="BYTES", help="for weights and cache (default: 80GiB)")
     parser.add_argument("--cache-dtype", choices=BYTES_PER_ELEMENT, default="bf16", help="default: bf16")
+    parser.add_argument("--pipeline-stages", type=int, metavar="N", help="cut the layers into N stages of a pipeline")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the cache: a .png, .svg or .pdf file")
     parser.add_argument("--draw", action="store_true", help="draw the plans (a single design is always drawn)")
     add_json_argument(parser)
@@ -63,6 +65,10 @@ def run(args: argparse.Namespace) -> None:
         if args.draw or len(designs) == 1:
             for design, config in designs:
                 print(f"\n{design}: {draw(config.plan)}")
+        if args.pipeline_stages is not None:
+            print()
+            for design, config in designs:
+                print(f"{design}: {_stages(config, args.pipeline_stages)}")
     if args.plot:
         _plot(args.plot, designs, workload)
 
@@ -135,6 +141,14 @@ def _row(label: str, config: ModelConfig, workload: dict[str, Any]) -> list[str]
         f"{cost.largest_batch:,}",
         "no limit" if cost.longest_context is None else f"{cost.longest_context:,}",
     ]
+
+
+def _stages(config: ModelConfig, stages: int) -> str:
+    try:
+        found = pipeline_stages(config.plan, stages)
+    except UserError as reason:  # of one design; the next may have such stages
+        return str(reason)
+    return "pipeline stages of layers " + ", ".join(f"{stage.start}-{stage.stop - 1}" for stage in found)
 
 
 def _plot(path: Path, designs: list[tuple[str, ModelConfig]], workload: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crosslayer.cli.common import (
     add_json_argument,
@@ -45,21 +45,26 @@ def run(arguments: argparse.Namespace) -> None:
 
     from crosslayer.data import prepare
     from crosslayer.settings import load_settings
-    from crosslayer.train import TrainConfig, train
+    from crosslayer.train import TrainConfig, joined_processes, train
 
     config = load_settings(TrainConfig, file, overrides)
     if arguments.dry_run:
         _dry_run(config, arguments)
         return
-    data = prepare(config.data)
     if arguments.prepare:
-        print(data.folder)
+        print(prepare(config.data).folder)
         return
-    out = Path(arguments.out)
-    result = train(config, data, out)
-    if arguments.json:
-        write_json_output(arguments.json, result)
-    if arguments.json != "-":
+    with joined_processes(config.train) as processes:
+        data = processes.first_alone(lambda: prepare(config.data))
+        result = train(config, data, Path(arguments.out), processes=processes)
+        if processes.first:
+            _report(result, arguments.json, Path(arguments.out))
+
+
+def _report(result: dict[str, Any], json: str | None, out: Path) -> None:
+    if json:
+        write_json_output(json, result)
+    if json != "-":
         held_out = result["validation"]
         print(
             f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in {result['seconds']:.0f} s\n"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from crosslayer.data import TokenStream
@@ -47,7 +48,7 @@ class Score:
         }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: sharded weights that are gathered in it could not be trained with afterwards
 def score(
     model: Transformer,
     stream: TokenStream,
@@ -58,6 +59,7 @@ def score(
     max_tokens: int | None = None,
     mask_documents_at: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Score:
     """Score every token of a stream but the first, each once.
 
@@ -67,7 +69,7 @@ def score(
     only their own document, as in training with packed documents.
 
     Runs in the model's own precision, or in autocast where the caller enables it. `progress` is called with tokens
-    scored and tokens to score.
+    scored and tokens to score. The processes of a `group` take turns with the batches, and all get the same score.
 
     Raises:
         UserError: fewer than two tokens, or a stride outside 1 to `sequence_length`.
@@ -78,18 +80,27 @@ def score(
     if not 1 <= stride <= sequence_length:
         raise UserError(f"stride must lie between 1 and the window length {sequence_length}, got {stride}")
     device = next(model.parameters()).device
+    rank, turns = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     was_training = model.training
     model.eval()
     total_loss, tokens, num_bytes = 0.0, 0, 0
     limit = len(stream) - 1 if max_tokens is None else min(max_tokens, len(stream) - 1)
-    for inputs, targets, scored, text_bytes in _batches(stream, sequence_length, stride, batch_size, limit):
-        ids = torch.from_numpy(inputs).to(device)
-        wanted = torch.from_numpy(np.where(scored, targets, -1)).to(device)
-        total_loss += model(ids, wanted, document_ids=_document_ids(ids, mask_documents_at)).item()
+    for number, batch in enumerate(_batches(stream, sequence_length, stride, batch_size, limit)):
+        inputs, targets, scored, text_bytes = batch
         tokens += int(scored.sum())
         num_bytes += text_bytes
+        # A sharded model runs on all processes at once, so in the last round those left over score nothing of it.
+        if number % turns == rank or (tokens == limit and rank > number % turns):
+            scored &= number % turns == rank
+            ids = torch.from_numpy(inputs).to(device)
+            wanted = torch.from_numpy(np.where(scored, targets, -1)).to(device)
+            total_loss += model(ids, wanted, document_ids=_document_ids(ids, mask_documents_at)).item()
         if progress is not None:
             progress(tokens, limit)
+    if group is not None:
+        total = torch.tensor(total_loss, dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=group)
+        total_loss = total.item()
     model.train(was_training)
     return Score(total_loss, tokens, num_bytes)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from crosslayer.errors import UserError
@@ -29,8 +30,10 @@ RopeTables = tuple[Tensor, Tensor]
 
 def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
     """Several linear maps of one input. Compiled, they are a single matmul: laying the weights side by side then costs
-    nothing, as it is part of the cast to bfloat16."""
-    if len(projections) < 2 or not torch.compiler.is_compiling():
+    nothing, as it is part of the cast to bfloat16. Weights spread over processes stay apart: they may be cut in
+    different ways."""
+    spread = any(isinstance(projection.weight, DTensor) for projection in projections)
+    if len(projections) < 2 or spread or not torch.compiler.is_compiling():
         return tuple(projection(x) for projection in projections)
     weight = torch.cat(tuple(projection.weight for projection in projections))
     biases = tuple(projection.bias for projection in projections if projection.bias is not None)
@@ -247,9 +250,13 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         self.reset_parameters(seed)
+
+    def tie_weights(self) -> None:
+        """Where the config says so, make the output projection the embedding: again after either was replaced."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:

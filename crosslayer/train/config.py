@@ -16,6 +16,7 @@ from crosslayer.settings import from_mapping, to_mapping, unknown_key
 MAY_CHANGE = frozenset(
     {
         "train.micro_batch_size",
+        "train.tensor_parallel",
         "train.device",
         "train.compile",
         "train.activation_checkpointing",
@@ -33,13 +34,14 @@ MAY_CHANGE = frozenset(
 class Recipe:
     """How to train. The defaults are the paper's (arXiv 2405.12981, section 4) but for the size of a run.
 
-    `tokens` is the budget; `batch_size` counts sequences per optimizer step, of which `micro_batch_size` go through
-    the model at a time (default: all). The rate rises over the first `warmup_ratio` of the steps and falls along a
-    cosine to `final_ratio` of its peak. Weight decay applies to matrices only. `mask_documents` keeps packed documents
-    from seeing each other. `precision` auto is bf16 on CUDA and fp32 elsewhere; `compile`, left open, is on for CUDA
-    only. `eval_every`, `checkpoint_every` and `log_every` count steps; 0 leaves evaluations and checkpoints during the
-    run out. Evaluations during the run use `eval_tokens` of the held-out text, the last one all of it. `wandb` is the
-    Weights & Biases project to log to.
+    `tokens` is the budget; `batch_size` counts sequences per optimizer step, over all processes. A process sends at
+    most `micro_batch_size` of its part through the model at a time (default: all). `tensor_parallel` processes hold
+    parts of the same matrices and share the same sequences. The rate rises over the first `warmup_ratio` of the steps
+    and falls along a cosine to `final_ratio` of its peak. Weight decay applies to matrices only. `mask_documents` keeps
+    packed documents from seeing each other. `precision` auto is bf16 on CUDA and fp32 elsewhere; `compile`, left open,
+    is on for CUDA only. `eval_every`, `checkpoint_every` and `log_every` count steps; 0 leaves evaluations and
+    checkpoints during the run out. Evaluations during the run use `eval_tokens` of the held-out text, the last one all
+    of it. `wandb` is the Weights & Biases project to log to.
 
     Raises:
         UserError: a value outside its range.
@@ -100,18 +102,19 @@ class Recipe:
     def steps(self) -> int:
         return self.tokens // self.tokens_per_step
 
-    def micro_batch_of(self, data_parallel: int) -> int:
-        """Sequences that each of `data_parallel` processes sends through the model at a time.
+    def micro_batch_of(self, data_ranks: int) -> int:
+        """Sequences that each of `data_ranks` sends through the model at a time.
 
         Raises:
             UserError: a batch cannot be divided among them, or their parts not into micro batches.
         """
-        rows = self.batch_size // data_parallel
+        rows, rest = divmod(self.batch_size, data_ranks)
+        _require(not rest, f"train.batch_size {self.batch_size} must be a multiple of the data ranks, {data_ranks}")
         micro = min(self.micro_batch_size or rows, rows)
         _require(
-            self.batch_size % data_parallel == 0 and rows % micro == 0,
-            f"train.batch_size {self.batch_size} cannot be divided among {data_parallel} processes, "
-            f"{self.micro_batch_size or 'any'} sequences at a time",
+            rows % micro == 0,
+            f"train.micro_batch_size {micro} must divide the {rows} sequences of a data rank "
+            f"(batch_size {self.batch_size} over {data_ranks})",
         )
         return micro
 

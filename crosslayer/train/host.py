@@ -10,8 +10,9 @@ import torch
 from crosslayer.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that a config names; auto is CUDA where there is one.
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that a config names; auto is CUDA where there is one. Of several processes on a machine, the one with
+    `local_rank` gets the device of that number.
 
     Raises:
         UserError: no such device here.
@@ -20,9 +21,14 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if local_rank is not None and device.type != "cpu":
+            if device.index is not None:
+                raise UserError(f"device {name!r} is one for all processes; want auto, cpu or {device.type}")
+            device = torch.device(device.type, local_rank)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        where = "here" if local_rank is None else f"by process {local_rank} of this machine"
+        raise UserError(f"device {name!r} cannot be used {where}: {str(error).splitlines()[0]}") from None
     if device.type == "cpu":
         _keep_freed_memory()
     return device
@@ -30,8 +36,11 @@ def choose_device(name: str) -> torch.device:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context to run a model in: bf16 autocast, or nothing for fp32. `precision` auto is bf16 on CUDA only."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(device, precision))
+
+
+def uses_bf16(device: torch.device, precision: str) -> bool:
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def _keep_freed_memory() -> None:

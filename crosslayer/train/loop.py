@@ -1,4 +1,4 @@
-"""The training loop, on one device."""
+"""The training loop. Every process runs it; the first one reports and writes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from crosslayer.errors import Stopped, UserError
 from crosslayer.evaluate import Score, score
 from crosslayer.files import read_json, write_json, writing_into
 from crosslayer.model import Transformer
-from crosslayer.ranks import rank
 from crosslayer.settings import to_mapping
 from crosslayer.train.config import MAY_CHANGE, TrainConfig
-from crosslayer.train.host import autocast, choose_device
+from crosslayer.train.host import autocast
 from crosslayer.train.journal import Journal, require_finite
 from crosslayer.train.metrics import require_installed
+from crosslayer.train.parallel import whole_model
+from crosslayer.train.processes import Processes, single_process
 from crosslayer.train.step import TrainStep
 from crosslayer.train.stop import StopSignal
 
@@ -31,8 +32,12 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 
 
-def train(config: TrainConfig, data: PreparedData, out: Path, *, label: str = "train") -> dict[str, Any]:
+def train(
+    config: TrainConfig, data: PreparedData, out: Path, *, label: str = "train", processes: Processes | None = None
+) -> dict[str, Any]:
     """Train a model, going on from the newest checkpoint in `out` if there is one.
+
+    `processes`, from `joined_processes`, call this together; without them the run has one process.
 
     `out` receives config.json, tokenizer/, metrics.jsonl, checkpoints/, the finished model folder model/ and
     result.json, whose content is returned: held-out scores, parameters, tokens, seconds of training and the machine. A
@@ -43,11 +48,13 @@ def train(config: TrainConfig, data: PreparedData, out: Path, *, label: str = "t
             with as the config says, or the loss is no longer a number.
         Stopped: SIGTERM has come while training; there is a checkpoint of the step that it stopped at.
     """
+    processes = processes or single_process(config.train)
     result = out / RESULT
     # What cannot be built is refused before the folder is claimed for it.
-    run = None if result.exists() else _Run(config, data, out, label)
-    claim_folder(out, {**to_mapping(config), "data_fingerprint": data.fingerprint})
-    return read_json(result) if run is None else run.finish()
+    run = None if processes.on_first(result.exists) else _Run(config, data, out, label, processes)
+    settings = {**to_mapping(config), "data_fingerprint": data.fingerprint}
+    processes.on_first(lambda: claim_folder(out, settings))
+    return processes.on_first(lambda: read_json(result)) if run is None else run.finish()
 
 
 def claim_folder(out: Path, settings: dict[str, Any]) -> None:
@@ -79,13 +86,16 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, data: PreparedData, out: Path, label: str) -> None:
+    def __init__(self, config: TrainConfig, data: PreparedData, out: Path, label: str, processes: Processes) -> None:
         self.config, self.recipe, self.data, self.out, self.label = config, config.train, data, out, label
+        self.processes = processes
         recipe, tokenizer = self.recipe, data.tokenizer
         model_config = config.model_config(tokenizer)
-        self.device = choose_device(recipe.device)
-        self.model = Transformer(model_config, seed=recipe.seed).to(self.device)
-        self.step = TrainStep(self.model, recipe)
+        self.device = processes.device
+        self.model = Transformer(model_config, seed=recipe.seed)
+        if processes.mesh is None:
+            self.model.to(self.device)
+        self.step = TrainStep(self.model, recipe, processes.mesh)
         self.eos_id = tokenizer.eos_id if recipe.mask_documents else None
         self.batches = TrainBatches(
             data.train,
@@ -93,15 +103,14 @@ class _Run:
             sequence_length=recipe.sequence_length,
             seed=recipe.seed,
             eos_id=self.eos_id,
+            rank=processes.data_rank,
+            world_size=processes.data_size,
         )
         require_installed(tensorboard=recipe.tensorboard, wandb=recipe.wandb)
 
     def finish(self) -> dict[str, Any]:
         """Train from the newest checkpoint to the end, evaluate, and write the model and the result."""
-        if rank() == 0:  # kept beside the checkpoints, which are of no use without it
-            with writing_into(self.out):
-                (self.out / TOKENIZER).mkdir(exist_ok=True)
-                self.data.tokenizer.save(self.out / TOKENIZER)
+        self.processes.on_first(self._keep_tokenizer)
         with closing(Checkpoints(self.out / CHECKPOINTS)) as checkpoints:
             state = checkpoints.load(self.model, self.step.optimizer)
             with closing(Journal(self.out, self.config, self.label, state)) as journal:
@@ -113,6 +122,12 @@ class _Run:
                 require_finite(held_out.loss, self.recipe.steps)
                 journal.validate(self.recipe.steps, held_out)
         return self._write(held_out, seconds, {**journal.counts, "failed_checkpoints": checkpoints.failed})
+
+    def _keep_tokenizer(self) -> None:
+        """Beside the checkpoints, which are of no use without it."""
+        with writing_into(self.out):
+            (self.out / TOKENIZER).mkdir(exist_ok=True)
+            self.data.tokenizer.save(self.out / TOKENIZER)
 
     def _train(self, first: int, checkpoints: Checkpoints, journal: Journal) -> None:
         """All steps from `first` on."""
@@ -134,7 +149,7 @@ class _Run:
                     checkpoints.wait()
                     newest = max(checkpoints.steps(), default=0)
                     text = f"stopped by SIGTERM at step {done} of {steps}; the same command goes on from step {newest}"
-                    raise Stopped(text if rank() == 0 else "")
+                    raise Stopped(text if self.processes.first else "")
             checkpoints.wait()  # before SIGTERM takes its usual effect again
 
     def _score(self, max_tokens: int | None, progress: Callable[[int, int], None] | None = None) -> Score:
@@ -143,23 +158,31 @@ class _Run:
                 self.model,
                 self.data.valid,
                 sequence_length=self.recipe.sequence_length,
-                batch_size=self.recipe.micro_batch_size or self.recipe.batch_size,
+                batch_size=self.step.micro_batch_size,
                 max_tokens=max_tokens,
                 mask_documents_at=self.eos_id,
                 progress=progress,
+                group=self.processes.data_group,
             )
 
     def _write(self, held_out: Score, seconds: float, troubles: dict[str, int]) -> dict[str, Any]:
-        checkpoint.save(self.model, self.out / "model", tokenizer=self.data.tokenizer)
-        result = {
-            "validation": held_out.to_dict(),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "tokens": self.recipe.steps * self.recipe.tokens_per_step,
-            "steps": self.recipe.steps,
-            "seconds": seconds,
-            **troubles,
-            "environment": describe_environment(),
-        }
-        with writing_into(self.out):
-            write_json(self.out / RESULT, result)
-        return result
+        model = self.model if self.processes.mesh is None else whole_model(self.model)
+
+        def write() -> dict[str, Any]:
+            assert model is not None
+            checkpoint.save(model, self.out / "model", tokenizer=self.data.tokenizer)
+            result = {
+                "validation": held_out.to_dict(),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "tokens": self.recipe.steps * self.recipe.tokens_per_step,
+                "steps": self.recipe.steps,
+                "seconds": seconds,
+                **troubles,
+                "processes": self.processes.count,
+                "environment": describe_environment(),
+            }
+            with writing_into(self.out):
+                write_json(self.out / RESULT, result)
+            return result
+
+        return self.processes.on_first(write)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 
 def make_optimizer(
@@ -25,11 +31,31 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
     weights and moments as they are.
     """
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = total_norm(grads)
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     return norm
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all gradients together; of DTensors, over the shards of all processes."""
+    by_layout: dict[tuple[DeviceMesh, tuple[bool, ...]], list[DTensor]] = defaultdict(list)
+    for grad in grads:
+        if isinstance(grad, DTensor):
+            sharded = tuple(not placement.is_replicate() for placement in grad.placements)
+            by_layout[grad.device_mesh, sharded].append(grad)
+    if not by_layout:
+        return get_total_norm(grads)
+    squares = []
+    for (mesh, sharded), shards in by_layout.items():
+        # One sum over the processes for each layout, not for each gradient.
+        square = get_total_norm([shard.to_local() for shard in shards]) ** 2
+        for dimension in range(mesh.ndim):
+            if sharded[dimension]:
+                dist.all_reduce(square, group=mesh.get_group(dimension))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
 
 
 def learning_rate_at(step: int, steps: int, *, peak: float, warmup_ratio: float, final_ratio: float) -> float:

@@ -6,33 +6,48 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from crosslayer.data import Batch
 from crosslayer.model import Transformer
 from crosslayer.plan.cost import training_flops_per_token
 from crosslayer.train.config import Recipe
 from crosslayer.train.graph import GraphedLoss
-from crosslayer.train.host import autocast
+from crosslayer.train.host import autocast, uses_bf16
 from crosslayer.train.optimizer import clipped_step, learning_rate_at, make_optimizer
+from crosslayer.train.parallel import parallelize
 
 # About 50 ms of an H100's work.
 GRAPH_FLOPS = 2e13
 
 
 class StepOutput(NamedTuple):
-    """Mean loss of a batch, and the norm of its gradients before clipping: scalars on the device."""
+    """Mean loss of a batch and the norm of its gradients before clipping, over all processes: scalars on the device."""
 
     loss: Tensor
     grad_norm: Tensor
 
 
 class TrainStep:
-    """A model, its optimizer, and how a batch updates them. The model must be on its device already."""
+    """A model, its optimizer, and how a batch updates them.
 
-    def __init__(self, model: Transformer, recipe: Recipe) -> None:
+    A single process brings a model that is on its device. With a mesh, of the dimensions "data" and "tensor", each
+    process brings the same model and its own part of the batch; the model is then spread over the mesh.
+
+    Raises:
+        UserError: the model or the batch cannot be divided among the processes.
+    """
+
+    def __init__(self, model: Transformer, recipe: Recipe, mesh: DeviceMesh | None = None) -> None:
         self.model = model
         self.recipe = recipe
+        self.data_group = None if mesh is None else mesh.get_group("data")
+        self.micro_batch_size = recipe.micro_batch_of(1 if mesh is None else mesh["data"].size())
+        if mesh is not None:
+            parallelize(model, mesh, bf16=uses_bf16(torch.device(mesh.device_type), recipe.precision))
         self.device = model.lm_head.weight.device
         self.optimizer = make_optimizer(
             model,
@@ -51,13 +66,14 @@ class TrainStep:
         """Whether a GPU is done with a micro batch before the CPU has launched its kernels, and a graph can help.
 
         The CPU takes about 40 ms for twelve layers; a graph of what takes longer wins nothing and costs memory. The
-        masks of windows and documents cannot be captured.
+        masks of windows and documents cannot be captured, and what several processes say to each other is not.
         """
         recipe, config = self.recipe, self.model.config
         masked = recipe.mask_documents or any(window is not None for window in config.plan.windows)
-        tokens = (recipe.micro_batch_size or recipe.batch_size) * recipe.sequence_length
+        tokens = self.micro_batch_size * recipe.sequence_length
         flops = tokens * training_flops_per_token(config, recipe.sequence_length)
-        return self.device.type == "cuda" and not masked and flops < GRAPH_FLOPS
+        alone = self.device.type == "cuda" and self.data_group is None
+        return alone and not masked and flops < GRAPH_FLOPS
 
     def __call__(self, step: int, batch: Batch) -> StepOutput:
         """Update the weights with step number `step` (from 0)."""
@@ -70,9 +86,9 @@ class TrainStep:
                 warmup_ratio=recipe.warmup_ratio,
                 final_ratio=recipe.final_ratio,
             )
-        micro = recipe.micro_batch_size or recipe.batch_size
+        micro, rows = self.micro_batch_size, len(batch.inputs)
         total = torch.zeros((), device=self.device)
-        for start in range(0, recipe.batch_size, micro):
+        for start in range(0, rows, micro):
             inputs, targets, document_ids = (
                 self._on_device(array, slice(start, start + micro))
                 for array in (batch.inputs, batch.targets, batch.document_ids)
@@ -81,10 +97,14 @@ class TrainStep:
             assert targets is not None
             if self._graphed is not None:
                 total += self._graphed(inputs, targets, accumulate=start > 0)
-            else:
-                loss = self._loss(inputs, targets, document_ids)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+                continue
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(start + micro >= rows)
+            loss = self._loss(inputs, targets, document_ids)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if self.data_group is not None:
+            dist.all_reduce(total, group=self.data_group)
         norm = clipped_step(self.optimizer, recipe.clip)
         if self._graphed is None:
             self.optimizer.zero_grad(set_to_none=True)

@@ -100,7 +100,7 @@ def test_the_guide_shows_what_is_printed(capsys: pytest.CaptureFixture[str], mon
     [
         (["--dry-run", "--gpus", "0"], "--gpus must be at least 1, got 0"),
         (["--dry-run", "--tflops", "0"], "--tflops must be positive, got 0.0"),
-        (["--dry-run", "--gpus", "3"], "batch_size 2048 cannot be divided among 3 processes, 16 sequences"),
+        (["--dry-run", "--gpus", "3"], "batch_size 2048 must be a multiple of the data ranks, 3"),
         (["--dry-run", "--gpus", "6", "train.tensor_parallel=4"], "train.tensor_parallel 4 must divide --gpus 6"),
         (["--dry-run", "--gpus", "7", "train.tensor_parallel=7"], "tensor_parallel 7 must divide num_attention_heads"),
         (["--dry-run", "train.precision=fp32"], "a dry run knows compiled runs in bf16 only"),

@@ -53,6 +53,14 @@ def test_the_workload_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["longest_context"] == (10**10 - 2 * row["parameters"]) // (3 * 2560)
 
 
+def test_pipeline_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--preset", "paper-1b", "MQA-cla2", "MQA-mlkv:2", "--pipeline-stages", "4")
+    cla2, mlkv = capsys.readouterr().out.splitlines()[-2:]
+    assert cla2 == "MQA-cla2: pipeline stages of layers 0-3, 4-7, 8-13, 14-19"
+    reason = "a pipeline cut before layer 1: layer 1 reads the keys of layer 0"
+    assert mlkv == f"MQA-mlkv:2: 4 pipeline stages need 3 cuts; legal are: 10 ({reason})"
+
+
 def test_a_model_folder_and_other_plans_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128}
     llama |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}

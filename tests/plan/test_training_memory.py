@@ -176,3 +176,8 @@ def test_what_cannot_be_divided_is_refused(changes: dict[str, Any], ranks: int, 
         check_tensor_parallel(tiny_config(**changes), ranks)
     with pytest.raises(UserError, match=message):
         training_memory(replace(tiny_config(**changes)), tokens=1, micro_batches=1, tensor_parallel=ranks)
+
+
+@pytest.mark.parametrize(("kv_heads", "ranks"), [(1, 4), (2, 4), (4, 2), (2, 2), (1, 1)])
+def test_what_can_be_divided_is_not(kv_heads: int, ranks: int) -> None:
+    check_tensor_parallel(tiny_config(vocab_size=64, num_key_value_heads=kv_heads), ranks)

@@ -180,6 +180,7 @@ def test_other_data_is_refused(whole: Path, tmp_path: Path) -> None:
 
 CHANGES: dict[str, Any] = {
     "micro_batch_size": 2,
+    "tensor_parallel": 1,  # tests/train/test_parallel.py changes it
     "device": "cpu:0",
     "compile": False,
     "activation_checkpointing": "group",
