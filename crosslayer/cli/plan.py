@@ -53,22 +53,29 @@ def run(args: argparse.Namespace) -> None:
     for key in ("context", "batch"):
         if workload[key] < 1:
             raise UserError(f"--{key} must be at least 1, got {workload[key]}")
+    stages: int | None = args.pipeline_stages
+    if stages is not None and stages < 1:
+        raise UserError(f"--pipeline-stages must be at least 1, got {stages}")
     if args.json not in (None, "-") and not args.json.endswith(".json"):
         raise UserError(f"--json writes to a file named *.json, got {args.json!r}; name designs before --json")
     if args.plot and args.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot writes .png, .svg or .pdf files, got {str(args.plot)!r}")
 
     if args.json:
-        write_json_output(args.json, [_figures(design, config, workload) for design, config in designs])
+        figures = [_figures(design, config, workload) for design, config in designs]
+        if stages is not None:
+            for figure, (_, config) in zip(figures, designs, strict=True):
+                figure["pipeline_stages"] = _stages(config, stages)
+        write_json_output(args.json, figures)
     if args.json != "-":
         print(_report(name, designs, workload))
         if args.draw or len(designs) == 1:
             for design, config in designs:
                 print(f"\n{design}: {draw(config.plan)}")
-        if args.pipeline_stages is not None:
+        if stages is not None:
             print()
             for design, config in designs:
-                print(f"{design}: {_stages(config, args.pipeline_stages)}")
+                print(f"{design}: {_stages(config, stages)}")
     if args.plot:
         _plot(args.plot, designs, workload)
 

@@ -59,6 +59,10 @@ def test_pipeline_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert cla2 == "MQA-cla2: pipeline stages of layers 0-3, 4-7, 8-13, 14-19"
     reason = "a pipeline cut before layer 1: layer 1 reads the keys of layer 0"
     assert mlkv == f"MQA-mlkv:2: 4 pipeline stages need 3 cuts; legal are: 10 ({reason})"
+    (row,) = printed_json(capsys, "--preset", "paper-1b", "MQA-mlkv:2", "--pipeline-stages", "2")
+    assert row["pipeline_stages"] == "pipeline stages of layers 0-9, 10-19"
+    with pytest.raises(UserError, match="--pipeline-stages must be at least 1, got 0"):
+        run("--preset", "paper-1b", "--pipeline-stages", "0")
 
 
 def test_a_model_folder_and_other_plans_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
