@@ -54,7 +54,7 @@ SHAPES: dict[str, tuple[ModelConfig, int, list[tuple[str, int, int]], list[int]]
         SMALL,
         1024,
         [("H128-MQA", 128, 128), ("H128-MQA-CLA2", 128, 128), ("H128-MQA", 32, 32), ("H128-MQA-CLA2", 32, 32)],
-        [64],
+        [],
     ),
 }
 WARM_UP, TIMED = 3, 6
