@@ -1,16 +1,21 @@
-"""Training on a GPU: a captured graph computes what the launches one by one do."""
+"""Training on a GPU: a captured graph, and the code of several processes, compute what plain launches by one do."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from crosslayer.data import Batch
 from crosslayer.train import Recipe
 from crosslayer.train import step as step_module
+from crosslayer.train.parallel import whole_model
 from crosslayer.train.step import TrainStep
 from tests.conftest import tiny_config
 from tests.model.checks import random_model
@@ -58,3 +63,33 @@ def test_masks_are_not_captured(plan: str, mask_documents: bool) -> None:
     recipe = Recipe(tokens=960, sequence_length=16, batch_size=6, compile=False, mask_documents=mask_documents)
     step = TrainStep(random_model(tiny_config(plan, vocab_size=300)).cuda(), recipe)
     assert (step._graphed is not None) == (plan == "cla2" and not mask_documents)
+
+
+@pytest.fixture
+def mesh_of_one(tmp_path: Path) -> Iterator[DeviceMesh]:
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cuda", (1, 1), mesh_dim_names=("data", "tensor"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("plan", ["cla2", "yoco:window=5"])
+def test_fsdp_over_nccl_trains_as_one_process_does(plan: str, mesh_of_one: DeviceMesh) -> None:
+    model = random_model(tiny_config(plan, vocab_size=300))
+    recipe = Recipe(
+        tokens=960,
+        sequence_length=16,
+        batch_size=6,
+        micro_batch_size=2,
+        learning_rate=1e-2,
+        precision="fp32",
+        compile=False,
+        activation_checkpointing="group",
+    )
+    alone, spread = copy.deepcopy(model).cuda(), copy.deepcopy(model)
+    steps = TrainStep(alone, recipe), TrainStep(spread, recipe, mesh_of_one)
+    one, other = (torch.tensor([[x.item() for x in step(i, b)] for i, b in enumerate(batches(5))]) for step in steps)
+    torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    whole = whole_model(spread)
+    assert whole is not None
+    for weight, expected in zip(whole.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected.cpu(), rtol=1e-4, atol=1e-5)
