@@ -104,20 +104,34 @@ def slots_of_spans(config: ModelConfig, max_length: int) -> dict[int, int]:
     return {span: capacities.count(span) for span in sorted(set(capacities), reverse=True)}
 
 
+def blocks_of_sequence(config: ModelConfig, block_size: int, max_length: int) -> dict[int, int]:
+    """How many blocks of each span a sequence of `max_length` tokens holds.
+
+    Raises:
+        UserError: as `slots_of_spans`.
+    """
+    # A window that starts inside a block reaches into one block more.
+    return {span: -(-span // block_size) + (span < max_length) for span in slots_of_spans(config, max_length)}
+
+
+def sequence_bytes(config: ModelConfig, block_size: int, max_length: int, dtype: torch.dtype) -> int:
+    """Bytes of the blocks that a sequence of `max_length` tokens holds."""
+    slots = slots_of_spans(config, max_length)
+    blocks = sum(slots[span] * count for span, count in blocks_of_sequence(config, block_size, max_length).items())
+    return blocks * block_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
 def divide_memory(
     config: ModelConfig, nbytes: int, block_size: int, max_length: int, dtype: torch.dtype
 ) -> dict[int, int]:
     """How many blocks each span gets out of `nbytes`: in proportion to what a sequence of `max_length` tokens holds.
 
     Raises:
-        UserError: there is not even a block for each span.
+        UserError: there is not even a block for each span, or as `slots_of_spans`.
     """
-    slots = slots_of_spans(config, max_length)
-    slot_block = block_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    # A window that starts inside a block reaches into one block more.
-    held = {span: -(-span // block_size) + (span < max_length) for span in slots}
-    sequence = slot_block * sum(held[span] * count for span, count in slots.items())
-    blocks = {span: held[span] * nbytes // sequence for span in slots}
+    sequence = sequence_bytes(config, block_size, max_length, dtype)
+    held = blocks_of_sequence(config, block_size, max_length)
+    blocks = {span: count * nbytes // sequence for span, count in held.items()}
     if not all(blocks.values()):
         raise UserError(f"a cache of {nbytes:,} bytes is too small: a block of {block_size} tokens does not fit")
     return blocks
