@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
@@ -16,7 +17,10 @@ from crosslayer.engine.scheduler import Scheduler
 from crosslayer.engine.text import TextStream
 from crosslayer.errors import UserError
 from crosslayer.model import Transformer
+from crosslayer.model.fp8 import FP8, slot_scales
 from crosslayer.model.paged import PagedCache, divide_memory, sequence_bytes
+
+CacheDtype = Literal["auto", "fp8"]
 
 CPU_CACHE_BYTES = 2**30
 # Of the memory that is free once the model is on the GPU; the rest is for what a step computes.
@@ -31,7 +35,8 @@ class EngineConfig:
     no more than `max_running` sequences of `max_length` tokens need). `block_size`: tokens per block. `max_length`:
     tokens of a sequence, prompt and continuation (None: the model's context). `max_running`: sequences that take turns.
     `max_step_tokens`: tokens that go through the model in one step, prompts in chunks if need be. `prefix_caching`:
-    prompts use the blocks of earlier sequences that began alike.
+    prompts use the blocks of earlier sequences that began alike. `cache_dtype`: keys and values are stored in the
+    model's precision ("auto") or in 8 bits ("fp8"; see `model.fp8`).
 
     Raises:
         UserError: a number that is not positive.
@@ -43,12 +48,15 @@ class EngineConfig:
     max_running: int = 256
     max_step_tokens: int = 2048
     prefix_caching: bool = True
+    cache_dtype: CacheDtype = "auto"
 
     def __post_init__(self) -> None:
         for name in ("cache_bytes", "block_size", "max_length", "max_running", "max_step_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be positive, got {value}")
+        if self.cache_dtype not in get_args(CacheDtype):
+            raise UserError(f"cache_dtype must be one of {', '.join(get_args(CacheDtype))}, got {self.cache_dtype!r}")
 
 
 class Engine:
@@ -66,12 +74,8 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.max_length = config.max_length or model.config.max_position_embeddings
-        weight = model.lm_head.weight
-        memory = config.cache_bytes or _default_memory(model, config, self.max_length)
-        num_blocks = divide_memory(model.config, memory, config.block_size, self.max_length, weight.dtype)
-        self.cache = PagedCache(
-            model.config, num_blocks, config.block_size, self.max_length, dtype=weight.dtype, device=weight.device
-        )
+        self.cache = _make_cache(model, config, self.max_length)
+        num_blocks = self.cache.num_blocks
         self.blocks = BlockManager(num_blocks, config.block_size, self.max_length, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         self.runner = Runner(model, self.cache)
@@ -201,11 +205,25 @@ def _drawing(sequence: Sequence) -> Drawing:
     return Drawing(request.params, sequence.seed, sequence.index, request.prompt, sequence.output, sequence.stop_ids)
 
 
-def _default_memory(model: Transformer, config: EngineConfig, max_length: int) -> int:
-    weight = model.lm_head.weight
-    available = CPU_CACHE_BYTES
-    if weight.device.type == "cuda":
-        available = int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(weight.device)[0])
-    return min(
-        available, config.max_running * sequence_bytes(model.config, config.block_size, max_length, weight.dtype)
+def _make_cache(model: Transformer, config: EngineConfig, max_length: int) -> PagedCache:
+    weight, block_size = model.lm_head.weight, config.block_size
+    fp8 = config.cache_dtype == "fp8"
+    dtype = FP8 if fp8 else weight.dtype
+    memory = config.cache_bytes
+    if memory is None:
+        memory = CPU_CACHE_BYTES
+        if weight.device.type == "cuda":
+            memory = int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(weight.device)[0])
+        memory = min(memory, config.max_running * sequence_bytes(model.config, block_size, max_length, dtype))
+    num_blocks = divide_memory(model.config, memory, block_size, max_length, dtype)
+    key_scales, value_scales = slot_scales(model) if fp8 else (None, None)
+    return PagedCache(
+        model.config,
+        num_blocks,
+        block_size,
+        max_length,
+        dtype=dtype,
+        device=weight.device,
+        key_scales=key_scales,
+        value_scales=value_scales,
     )

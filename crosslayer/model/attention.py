@@ -33,9 +33,14 @@ class PagedRows:
 
 @dataclass(frozen=True)
 class PagedMask:
-    """How the queries of a flat batch look at the blocks of a pool."""
+    """How the queries of a flat batch look at the blocks of a pool.
+
+    Keys and values are what is in the pool times `key_scale` and `value_scale`.
+    """
 
     rows: tuple[PagedRows, ...]
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 Mask = Tensor | BlockMask | PagedMask | None
@@ -94,6 +99,7 @@ def _paged_attend(q: Tensor, k: Tensor, v: Tensor, mask: PagedMask) -> Tensor:
     """Attention over block tables with nothing but gathers and SDPA: what a kernel over the pool must compute."""
     heads, _, size = q.shape[1:]
     output = torch.empty_like(q)
+    q = q * mask.key_scale  # the scales are powers of two, so it is the same wherever they come in
     for rows in mask.rows:
         count = len(rows.table)
         q_rows = q[0, :, rows.queries].view(heads, count, -1, size).transpose(0, 1)
@@ -101,7 +107,7 @@ def _paged_attend(q: Tensor, k: Tensor, v: Tensor, mask: PagedMask) -> Tensor:
         grouped = heads != k_rows.shape[1]
         out = scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=rows.mask, enable_gqa=grouped)
         output[0, :, rows.queries] = out.transpose(0, 1).flatten(1, 2)
-    return output
+    return output * mask.value_scale
 
 
 @cache

@@ -54,7 +54,8 @@ class PagedCache:
 
     `spans[layer]` is for how many tokens of a sequence the layer's keys and values are kept: `max_length`, or a window
     that is shorter. `num_blocks` says how many blocks each span has. `keys[owner]` and `values[owner]` are
-    [num_blocks, block_size, G, D].
+    [num_blocks, block_size, G, D] and hold keys and values divided by `key_scales[owner]` and `value_scales[owner]`,
+    clipped to what `dtype` can say. Scales are powers of two (default 1; see `fp8`).
 
     Raises:
         UserError: a layer reads keys and values that are kept for different numbers of tokens.
@@ -69,9 +70,12 @@ class PagedCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        key_scales: Mapping[int, float] | None = None,
+        value_scales: Mapping[int, float] | None = None,
     ) -> None:
         plan = config.plan
         self.plan, self.block_size, self.max_length = plan, block_size, max_length
+        self.num_blocks = dict(num_blocks)
         self.spans = slot_capacities(plan, max_length)
         self.device = torch.device(device)
 
@@ -82,6 +86,8 @@ class PagedCache:
 
         self.keys = {owner: pool(owner) for owner in plan.key_slots}
         self.values = {owner: pool(owner) for owner in plan.value_slots}
+        self.key_scales = key_scales or dict.fromkeys(plan.key_slots, 1.0)
+        self.value_scales = value_scales or dict.fromkeys(plan.value_slots, 1.0)
 
     @property
     def nbytes(self) -> int:
@@ -159,25 +165,34 @@ class PagedStep(CacheStep):
         self._asked_rows = asked.nonzero()[:, 0]
         self._tables = {span: _pad([row.tables[span] for row in rows]) for span in set(cache.spans)}
         self._places = {span: self._places_in(span) for span in self._tables}
-        self._masks: dict[tuple[int, int | None, bool], PagedMask] = {}
+        self._rows: dict[tuple[int, int | None, bool], tuple[PagedRows, ...]] = {}
 
     def store_keys(self, owner: int, fresh: Tensor) -> Tensor:
-        return self._store(self.cache.keys[owner], owner, fresh)
+        return self._store(self.cache.keys[owner], self.cache.key_scales[owner], owner, fresh)
 
     def store_values(self, owner: int, fresh: Tensor) -> Tensor:
-        return self._store(self.cache.values[owner], owner, fresh)
+        return self._store(self.cache.values[owner], self.cache.value_scales[owner], owner, fresh)
 
     def mask(self, layer: int) -> PagedMask:
-        plan = self.cache.plan
+        cache, plan = self.cache, self.cache.plan
         narrow = self.wanted is not None and layer >= plan.prefill_cut
-        key = (self.cache.spans[layer], plan.windows[layer], narrow)
-        if key not in self._masks:
-            self._masks[key] = self._make_mask(*key)
-        return self._masks[key]
+        key = (cache.spans[layer], plan.windows[layer], narrow)
+        if key not in self._rows:
+            self._rows[key] = self._make_rows(*key)
+        key_scale, value_scale = (
+            cache.key_scales[plan.key_sources[layer]],
+            cache.value_scales[plan.value_sources[layer]],
+        )
+        return PagedMask(self._rows[key], key_scale, value_scale)
 
-    def _store(self, pool: Tensor, owner: int, fresh: Tensor) -> Tensor:
-        tokens = fresh.detach()[0].transpose(0, 1).to(pool.dtype)
-        pool.flatten(0, 1)[self._places[self.cache.spans[owner]]] = tokens
+    def _store(self, pool: Tensor, scale: float, owner: int, fresh: Tensor) -> Tensor:
+        tokens = fresh.detach()[0].transpose(0, 1)
+        if scale != 1:
+            tokens = tokens / scale
+        if pool.dtype != tokens.dtype:  # the conversion alone may make NaN of what is too large
+            limits = torch.finfo(pool.dtype)
+            tokens = tokens.clamp(limits.min, limits.max)
+        pool.flatten(0, 1)[self._places[self.cache.spans[owner]]] = tokens.to(pool.dtype)
         return pool
 
     def _places_in(self, span: int) -> Tensor:
@@ -187,8 +202,8 @@ class PagedStep(CacheStep):
         blocks = table[self._row_of, self._positions // size - first[self._row_of]]
         return (blocks * size + self._positions % size).to(self.cache.device)
 
-    def _make_mask(self, span: int, window: int | None, narrow: bool) -> PagedMask:
-        """The mask for all new tokens or, narrow, for the wanted ones, which are then a batch of their own."""
+    def _make_rows(self, span: int, window: int | None, narrow: bool) -> tuple[PagedRows, ...]:
+        """How all new tokens look at a span or, narrow, the wanted ones, which are then a batch of their own."""
         groups: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, number of each query, and the token it belongs to
         if narrow and len(self._asked_rows):
             tokens = (self._ends - 1)[self._asked_rows, None]
@@ -208,7 +223,7 @@ class PagedStep(CacheStep):
             # What a row's table does not have lies after the row's last token, where nothing looks.
             mask = positional_mask(positions, keys, window)
             parts.append(PagedRows(queries.flatten().to(device), table[rows, :blocks].to(device), mask.to(device)))
-        return PagedMask(tuple(parts))
+        return tuple(parts)
 
 
 def _pad(tables: Sequence[BlockTable]) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,21 @@ def test_a_folder_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     assert len(small.generate(PROMPTS, params)[0][0].token_ids) == 5
 
 
+def test_a_cache_in_8_bits_holds_four_times_the_tokens_of_float32() -> None:
+    llms = [make_llm(cache_dtype=dtype) for dtype in ("auto", "fp8")]
+    tokens = [llm.engine.cache_tokens for llm in llms]
+    assert tokens[1] == pytest.approx(4 * tokens[0], abs=16)
+    assert llms[1].engine.cache.nbytes <= 10**6
+    params = SamplingParams(max_tokens=12, logprobs=0)
+    texts = [llm.generate(PROMPTS, params) for llm in llms]
+    # The first token after each prompt, whose logits differ by the rounding alone.
+    for (exact,), (rounded,) in zip(*texts, strict=True):
+        assert exact.logprobs[0].logprob == pytest.approx(rounded.logprobs[0].logprob, abs=0.3)
+    assert texts[0] != texts[1]
+    with pytest.raises(UserError, match="cache_dtype must be one of auto, fp8, got 'int4'"):
+        make_llm(cache_dtype="int4")
+
+
 def test_what_is_drawn_depends_on_the_seed_and_not_on_the_others() -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=10, seed=3, n=2)
     together = make_llm().generate(PROMPTS, params)
