@@ -73,7 +73,7 @@ def test_any_workload(plan: str, work: dict) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=220, deadline=None, derandomize=True)
 @given(plan=st.sampled_from(BUILDABLE), work=workloads())
 def test_many_workloads(plan: str, work: dict) -> None:
     serve(model_of(plan), work)
