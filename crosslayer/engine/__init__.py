@@ -1,6 +1,7 @@
 """Serving a model on one machine: continuous batching over a paged cache."""
 
-from crosslayer.engine.engine import Engine, EngineConfig
+from crosslayer.engine.config import EngineConfig
+from crosslayer.engine.engine import Engine
 from crosslayer.engine.llm import LLM, Completion
 from crosslayer.engine.request import Output, Request, SamplingParams, TokenLogprobs
 

@@ -27,25 +27,29 @@ class BlockPool:
         self.most_used = 0
 
     @property
+    def size(self) -> int:
+        return len(self.references)
+
+    @property
     def num_free(self) -> int:
         return len(self._free)
 
     def take(self) -> int:
         """A free block, which loses its name and content."""
-        block, _ = self._free.popitem(last=False)
-        self._forget(block)
-        self.references[block] = 1
-        self.most_used = max(self.most_used, len(self.references) - len(self._free))
+        block = next(iter(self._free))
+        if block in self._names:
+            del self._named[self._names.pop(block)]
+        self.hold(block)
         return block
 
     def find(self, name: bytes) -> int | None:
         return self._named.get(name)
 
-    def share(self, block: int) -> None:
-        """Count one more holder of a block that has a name."""
+    def hold(self, block: int) -> None:
+        """Count one more sequence that has the block."""
         if not self.references[block]:
             del self._free[block]
-            self.most_used = max(self.most_used, len(self.references) - len(self._free))
+            self.most_used = max(self.most_used, self.size - self.num_free)
         self.references[block] += 1
 
     def release(self, block: int) -> None:
@@ -64,10 +68,6 @@ class BlockPool:
         self._named.clear()
         self._names.clear()
 
-    def _forget(self, block: int) -> None:
-        if block in self._names:
-            del self._named[self._names.pop(block)]
-
 
 class BlockManager:
     """The pools of all spans, and the tables of sequences in them.
@@ -81,13 +81,13 @@ class BlockManager:
     ) -> None:
         self.block_size, self.max_length, self.prefix_caching = block_size, max_length, prefix_caching
         self.pools = {span: BlockPool(count) for span, count in num_blocks.items()}
-        windows = [(span, pool) for span, pool in self.pools.items() if span < max_length]
+        self._whole = self.pools.get(max_length)  # None where every layer has a window
+        self._windows = {span: pool for span, pool in self.pools.items() if span < max_length}
         # New tokens that fit beside a whole window, wherever in a block it starts.
-        room = [(len(pool.references) - 1) * block_size - span + 2 for span, pool in windows]
-        self.max_new = min((tokens for tokens in room if tokens >= 1), default=max_length)
-        whole = [pool for span, pool in self.pools.items() if span == max_length]
-        whole += [pool for (_, pool), tokens in zip(windows, room, strict=True) if tokens < 1]
-        self.max_tokens = min([max_length, *(len(pool.references) * block_size for pool in whole)])
+        room = {span: (pool.size - 1) * block_size - span + 2 for span, pool in self._windows.items()}
+        self.max_new = min((tokens for tokens in room.values() if tokens >= 1), default=max_length)
+        held_whole = [pool for span, pool in self.pools.items() if room.get(span, 0) < 1]
+        self.max_tokens = min([max_length, *(pool.size * block_size for pool in held_whole)])
 
     def attach_prefix(self, sequence: Sequence) -> None:
         """Give a sequence without blocks those that hold the beginning of its tokens already, all but the last one."""
@@ -98,12 +98,12 @@ class BlockManager:
             blocks = [pool.find(name) for name in sequence.digests[first:count]]
             held = [block for block in blocks if block is not None]
             for block in held:
-                pool.share(block)
+                pool.hold(block)
             sequence.tables[span] = BlockTable(first, held)
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether all tokens of the sequence would fit, now. Windows are left out: their old blocks come free."""
-        pool = self.pools.get(self.max_length)
+        pool = self._whole
         return pool is None or self._missing(sequence, self.max_length, len(sequence.tokens)) <= pool.num_free
 
     def grow(self, sequence: Sequence, length: int) -> bool:
@@ -156,16 +156,19 @@ class BlockManager:
         self._name_blocks(sequence, count)
         names = sequence.digests
 
-        def found(pool: BlockPool, first: int, stop: int) -> bool:
-            return all(pool.find(names[number]) is not None for number in reversed(range(first, stop)))
-
-        if whole := self.pools.get(self.max_length):
+        whole = self._whole
+        if whole is not None:
             count = next((number for number in range(count) if whole.find(names[number]) is None), count)
-        windows = [(span, pool) for span, pool in self.pools.items() if span < self.max_length]
+
+        def has_windows(count: int) -> bool:
+            return all(
+                pool.find(names[number]) is not None
+                for span, pool in self._windows.items()
+                for number in reversed(range(self._first_needed(span, count * self.block_size), count))
+            )
+
         # Of a window only its last tokens must still be there.
-        while count and not all(
-            found(pool, self._first_needed(span, count * self.block_size), count) for span, pool in windows
-        ):
+        while count and not has_windows(count):
             count -= 1
         return count
 

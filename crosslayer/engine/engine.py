@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
-from typing import Literal, get_args
-
-import torch
 
 from crosslayer.data import Tokenizer
 from crosslayer.engine.blocks import BlockManager
+from crosslayer.engine.config import EngineConfig
 from crosslayer.engine.request import FinishReason, Output, Request, Sequence, TokenLogprobs
 from crosslayer.engine.runner import Runner
-from crosslayer.engine.sampler import Drawing, draw
+from crosslayer.engine.sampler import draw
 from crosslayer.engine.scheduler import Scheduler
 from crosslayer.engine.text import TextStream
 from crosslayer.errors import UserError
 from crosslayer.model import Transformer
-from crosslayer.model.fp8 import FP8, slot_scales
-from crosslayer.model.paged import PagedCache, divide_memory, sequence_bytes
-
-CacheDtype = Literal["auto", "fp8"]
-
-CPU_CACHE_BYTES = 2**30
-# Of the memory that is free once the model is on the GPU; the rest is for what a step computes.
-GPU_CACHE_SHARE = 0.85
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How the engine divides memory and time.
-
-    `cache_bytes`: for keys and values (None: 85% of the GPU memory that the model leaves free, or 1 GiB on a CPU, but
-    no more than `max_running` sequences of `max_length` tokens need). `block_size`: tokens per block. `max_length`:
-    tokens of a sequence, prompt and continuation (None: the model's context). `max_running`: sequences that take turns.
-    `max_step_tokens`: tokens that go through the model in one step, prompts in chunks if need be. `prefix_caching`:
-    prompts use the blocks of earlier sequences that began alike. `cache_dtype`: keys and values are stored in the
-    model's precision ("auto") or in 8 bits ("fp8"; see `model.fp8`).
-
-    Raises:
-        UserError: a number that is not positive.
-    """
-
-    cache_bytes: int | None = None
-    block_size: int = 16
-    max_length: int | None = None
-    max_running: int = 256
-    max_step_tokens: int = 2048
-    prefix_caching: bool = True
-    cache_dtype: CacheDtype = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("cache_bytes", "block_size", "max_length", "max_running", "max_step_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be positive, got {value}")
-        if self.cache_dtype not in get_args(CacheDtype):
-            raise UserError(f"cache_dtype must be one of {', '.join(get_args(CacheDtype))}, got {self.cache_dtype!r}")
 
 
 class Engine:
@@ -65,7 +22,7 @@ class Engine:
     Without a `tokenizer` it works on token ids alone, and texts are empty.
 
     Raises:
-        UserError: the cache is too small, or the model's plan has keys and values that cannot share block tables.
+        UserError: the cache is too small, or a layer's keys and values are kept for different numbers of tokens.
     """
 
     def __init__(
@@ -74,24 +31,25 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.max_length = config.max_length or model.config.max_position_embeddings
-        self.cache = _make_cache(model, config, self.max_length)
-        num_blocks = self.cache.num_blocks
-        self.blocks = BlockManager(num_blocks, config.block_size, self.max_length, prefix_caching=config.prefix_caching)
+        self.runner = Runner(model, config, self.max_length)
+        self.blocks = BlockManager(
+            self.runner.cache.num_blocks, config.block_size, self.max_length, prefix_caching=config.prefix_caching
+        )
         self.scheduler = Scheduler(self.blocks, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
-        self.runner = Runner(model, self.cache)
         self._samples: dict[str, list[Sequence]] = {}  # those that have not ended, by request
 
     @property
     def cache_tokens(self) -> int:
         """Tokens that the cache holds at a time: of whole contexts, or of windows where all layers have one."""
-        return self.config.block_size * max(len(pool.references) for pool in self.blocks.pools.values())
+        return self.config.block_size * max(self.runner.cache.num_blocks.values())
 
     @property
     def most_cache_bytes_used(self) -> int:
         """Bytes of the most blocks that sequences have held at a time."""
+        cache = self.runner.cache
         return sum(
-            pool[0].nbytes * self.blocks.pools[self.cache.spans[owner]].most_used
-            for pools in (self.cache.keys, self.cache.values)
+            pool[0].nbytes * self.blocks.pools[cache.spans[owner]].most_used
+            for pools in (cache.keys, cache.values)
             for owner, pool in pools.items()
         )
 
@@ -163,7 +121,7 @@ class Engine:
             logits = self.runner.run(scheduled)
             for item in scheduled:
                 self.scheduler.computed(item)
-            drawn = draw(logits, [_drawing(sequence) for sequence in drawing])
+            drawn = draw(logits, drawing)
             return [self._advance(sequence, *result) for sequence, result in zip(drawing, drawn, strict=True)]
         except BaseException:
             self.blocks.forget_contents()
@@ -173,24 +131,23 @@ class Engine:
 
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Output:
         """Give a sequence its next token, and end it if that is due."""
-        reason: FinishReason | None = "stop" if token in sequence.stop_ids else None
+        request, given = sequence.request, token not in sequence.stop_ids
+        reason: FinishReason | None = None if given else "stop"
         text = ""
-        if reason is None:
+        if given:
             sequence.tokens.append(token)
-            if sequence.text is not None:
-                may_stop = len(sequence.output) >= sequence.request.params.min_tokens
-                text = sequence.text.push(token, may_stop=may_stop)
             if len(sequence.tokens) == sequence.limit:
                 reason = "length"
         if sequence.text is not None:
+            if given:
+                text = sequence.text.push(token, may_stop=sequence.num_output >= request.params.min_tokens)
             if reason:
                 text += sequence.text.finish()
             if sequence.text.stopped:
                 reason = "stop"
         if reason:
             self._end(sequence)
-        given = None if token in sequence.stop_ids else token
-        return Output(sequence.request.id, sequence.index, given, text, logprobs if given is not None else None, reason)
+        return Output(request.id, sequence.index, token if given else None, text, logprobs if given else None, reason)
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
@@ -198,32 +155,3 @@ class Engine:
         samples.remove(sequence)
         if not samples:
             del self._samples[sequence.request.id]
-
-
-def _drawing(sequence: Sequence) -> Drawing:
-    request = sequence.request
-    return Drawing(request.params, sequence.seed, sequence.index, request.prompt, sequence.output, sequence.stop_ids)
-
-
-def _make_cache(model: Transformer, config: EngineConfig, max_length: int) -> PagedCache:
-    weight, block_size = model.lm_head.weight, config.block_size
-    fp8 = config.cache_dtype == "fp8"
-    dtype = FP8 if fp8 else weight.dtype
-    memory = config.cache_bytes
-    if memory is None:
-        memory = CPU_CACHE_BYTES
-        if weight.device.type == "cuda":
-            memory = int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(weight.device)[0])
-        memory = min(memory, config.max_running * sequence_bytes(model.config, block_size, max_length, dtype))
-    num_blocks = divide_memory(model.config, memory, block_size, max_length, dtype)
-    key_scales, value_scales = slot_scales(model) if fp8 else (None, None)
-    return PagedCache(
-        model.config,
-        num_blocks,
-        block_size,
-        max_length,
-        dtype=dtype,
-        device=weight.device,
-        key_scales=key_scales,
-        value_scales=value_scales,
-    )

@@ -10,7 +10,8 @@ import torch
 
 from crosslayer import checkpoint
 from crosslayer.data import Tokenizer
-from crosslayer.engine.engine import Engine, EngineConfig
+from crosslayer.engine.config import EngineConfig
+from crosslayer.engine.engine import Engine
 from crosslayer.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from crosslayer.errors import UserError
 from crosslayer.model import Transformer

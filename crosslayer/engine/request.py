@@ -96,7 +96,7 @@ class Output:
     """What one step adds to sample `index` of a request.
 
     `token` is None where the sample ended with a token that is not given out, or was aborted. `text` is what became
-    certain with the step: it may lag behind the tokens, and with the end of the sample is complete.
+    certain with the step: it may lag behind the tokens, and is complete when the sample ends, unless by an abort.
     """
 
     request_id: str
@@ -127,5 +127,5 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
 
     @property
-    def output(self) -> list[int]:
-        return self.tokens[len(self.request.prompt) :]
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)

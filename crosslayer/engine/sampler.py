@@ -6,33 +6,21 @@ alone. So there is no generator whose state would have to survive preemption, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from hashlib import blake2b
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from crosslayer.engine.request import SamplingParams, TokenLogprobs
+from crosslayer.engine.request import SamplingParams, Sequence, TokenLogprobs
 
 
-class Drawing(NamedTuple):
-    """What the next token of sample number `sample` depends on, beside its logits."""
-
-    params: SamplingParams
-    seed: int
-    sample: int
-    prompt: Sequence[int]
-    output: Sequence[int]
-    stop_ids: frozenset[int]
-
-
-def draw(logits: Tensor, rows: Sequence[Drawing]) -> list[tuple[int, TokenLogprobs | None]]:
+def draw(logits: Tensor, rows: list[Sequence]) -> list[tuple[int, TokenLogprobs | None]]:
     """The next token of each row, from logits [R, vocab_size], and its log-probabilities where they are asked for."""
     raw = logits.float()
     scores = _forbid_early_stops(_penalise(raw, rows), rows)
     tokens = scores.argmax(dim=-1)
-    if any(row.params.temperature for row in rows):
+    if any(row.request.params.temperature for row in rows):
         at_random = _column(rows, lambda p: p.temperature > 0, logits.device)
         tokens = torch.where(at_random, _draw_at_random(scores, rows), tokens)
     return list(zip(tokens.tolist(), _logprobs(raw, tokens, rows), strict=True))
@@ -44,31 +32,31 @@ def uniform(seed: int, sample: int, position: int) -> float:
     return (int.from_bytes(digest) >> 12) / 2**52  # 52 bits: the float is exact and below 1
 
 
-def _column(rows: Sequence[Drawing], value: Callable[[SamplingParams], float], device: torch.device) -> Tensor:
+def _column(rows: list[Sequence], value: Callable[[SamplingParams], float], device: torch.device) -> Tensor:
     """A value per row, as [R]."""
-    return torch.tensor([value(row.params) for row in rows], device=device)
+    return torch.tensor([value(row.request.params) for row in rows], device=device)
 
 
-def _draw_at_random(scores: Tensor, rows: Sequence[Drawing]) -> Tensor:
+def _draw_at_random(scores: Tensor, rows: list[Sequence]) -> Tensor:
     """Temperature, top_k, top_p, min_p, and a token [R] of what they leave; rows with temperature 0 get any token."""
     device = scores.device
     temperature = _column(rows, lambda p: p.temperature or 1.0, device)[:, None]
     # The largest score is 0, so that a very low temperature does not overflow.
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
-    if any(row.params.top_k or row.params.top_p < 1 for row in rows):
+    if any(row.request.params.top_k or row.request.params.top_p < 1 for row in rows):
         scores = _truncate(scores, rows)
     probabilities = scores.softmax(dim=-1)
-    if any(row.params.min_p for row in rows):
+    if any(row.request.params.min_p for row in rows):
         least = _column(rows, lambda p: p.min_p, device)[:, None] * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0)
     # In float64, where neither a long tail nor the last token is lost to rounding.
     cumulated = probabilities.double().cumsum(dim=-1)
-    numbers = [uniform(row.seed, row.sample, len(row.output)) for row in rows]
+    numbers = [uniform(row.seed, row.index, row.num_output) for row in rows]
     targets = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, targets, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
-def _truncate(scores: Tensor, rows: Sequence[Drawing]) -> Tensor:
+def _truncate(scores: Tensor, rows: list[Sequence]) -> Tensor:
     """Leave the `top_k` likeliest tokens, of equal ones those with the lower id; of these the likeliest that together
     reach `top_p`."""
     vocabulary = scores.shape[-1]
@@ -82,12 +70,17 @@ def _truncate(scores: Tensor, rows: Sequence[Drawing]) -> Tensor:
     return scores.scatter(-1, order, ordered)
 
 
-def _penalise(logits: Tensor, rows: Sequence[Drawing]) -> Tensor:
+def _penalise(logits: Tensor, rows: list[Sequence]) -> Tensor:
     """Logits after the penalties of the rows that have any."""
     chosen = [
         number
         for number, row in enumerate(rows)
-        if (row.params.repetition_penalty, row.params.presence_penalty, row.params.frequency_penalty) != (1, 0, 0)
+        if (
+            row.request.params.repetition_penalty,
+            row.request.params.presence_penalty,
+            row.request.params.frequency_penalty,
+        )
+        != (1, 0, 0)
     ]
     if not chosen:
         return logits
@@ -95,8 +88,8 @@ def _penalise(logits: Tensor, rows: Sequence[Drawing]) -> Tensor:
     repetition = _column(affected, lambda p: p.repetition_penalty, device)[:, None]
     presence = _column(affected, lambda p: p.presence_penalty, device)[:, None]
     frequency = _column(affected, lambda p: p.frequency_penalty, device)[:, None]
-    counts = _counts([row.output for row in affected], logits)
-    seen = (counts + _counts([row.prompt for row in affected], logits)) > 0
+    counts = _counts([row.tokens[len(row.request.prompt) :] for row in affected], logits)
+    seen = _counts([row.tokens for row in affected], logits) > 0
     index = torch.tensor(chosen, device=device)
     some = logits[index]
     some = torch.where(seen, torch.where(some > 0, some / repetition, some * repetition), some)
@@ -104,7 +97,7 @@ def _penalise(logits: Tensor, rows: Sequence[Drawing]) -> Tensor:
     return logits.index_copy(0, index, some)
 
 
-def _counts(tokens: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+def _counts(tokens: list[list[int]], logits: Tensor) -> Tensor:
     """How often each token occurs in each row, float32 [R, vocab_size]."""
     counts = torch.zeros(len(tokens), logits.shape[-1], device=logits.device)
     numbers = [number for number, row in enumerate(tokens) for _ in row]
@@ -113,12 +106,12 @@ def _counts(tokens: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
     return counts.index_put_(tuple(place.to(logits.device) for place in places), ones, accumulate=True)
 
 
-def _forbid_early_stops(scores: Tensor, rows: Sequence[Drawing]) -> Tensor:
+def _forbid_early_stops(scores: Tensor, rows: list[Sequence]) -> Tensor:
     """No stop token is drawn before a row has its `min_tokens`."""
     pairs = [
         (number, token)
         for number, row in enumerate(rows)
-        if len(row.output) < row.params.min_tokens
+        if row.num_output < row.request.params.min_tokens
         for token in row.stop_ids
     ]
     if not pairs:
@@ -127,16 +120,16 @@ def _forbid_early_stops(scores: Tensor, rows: Sequence[Drawing]) -> Tensor:
     return scores.index_put((numbers, tokens), scores.new_tensor(-torch.inf))
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[Drawing]) -> list[TokenLogprobs | None]:
-    chosen = [number for number, row in enumerate(rows) if row.params.logprobs is not None]
+def _logprobs(logits: Tensor, tokens: Tensor, rows: list[Sequence]) -> list[TokenLogprobs | None]:
+    chosen = [number for number, row in enumerate(rows) if row.request.params.logprobs is not None]
     result: list[TokenLogprobs | None] = [None] * len(rows)
     if chosen:
         index = torch.tensor(chosen, device=logits.device)
         logprobs = logits[index].log_softmax(dim=-1)
         drawn = logprobs.gather(-1, tokens[index, None])[:, 0].tolist()
-        most = min(max(rows[number].params.logprobs or 0 for number in chosen), logits.shape[-1])
+        most = min(max(rows[number].request.params.logprobs or 0 for number in chosen), logits.shape[-1])
         values, ids = (part.tolist() for part in logprobs.topk(most, dim=-1))
         for place, number in enumerate(chosen):
-            top = list(zip(ids[place], values[place], strict=True))[: rows[number].params.logprobs]
+            top = list(zip(ids[place], values[place], strict=True))[: rows[number].request.params.logprobs]
             result[number] = TokenLogprobs(drawn[place], tuple(top))
     return result

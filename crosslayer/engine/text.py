@@ -22,16 +22,19 @@ class TextStream:
 
     def finish(self) -> str:
         """What is left when no more tokens come."""
+        if self.stopped:
+            return ""
         text = self._release(self._decoder.flush(), may_stop=True) + self._held
         self._held = ""
         return text
 
     def _release(self, piece: str, may_stop: bool) -> str:
         text = self._held + piece
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0] if may_stop else []
-        if found:
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
+        if found and may_stop:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            _, start = min(found)  # the one that was complete first, so that it does not matter how tokens cut the text
+            return text[:start]
         # Held back from the first place on where what follows is the beginning of a stop string, and not all of it.
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
         start = next(

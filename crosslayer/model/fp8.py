@@ -8,12 +8,14 @@ to choose it by, with room above for larger ones. Beyond the room values are cli
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from crosslayer.model.attention import Mask, positional_mask
 from crosslayer.model.cache import CacheStep
+from crosslayer.model.paged import SlotScales
 from crosslayer.model.transformer import Transformer
 
 FP8 = torch.float8_e4m3fn
@@ -24,13 +26,20 @@ TRIAL_TOKENS = 256
 
 
 @torch.no_grad()
-def slot_scales(model: Transformer) -> tuple[dict[int, float], dict[int, float]]:
-    """Scales, powers of two, of the key and of the value slots by owner; a key or value is divided by its scale."""
+def slot_scales(model: Transformer) -> SlotScales:
+    """Scales by which a model's keys and values fit into 8 bits."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, TRIAL_TOKENS), generator=generator)
     trial = _Trial(model, TRIAL_TOKENS)
     model.model(ids.to(trial.positions.device), step=trial)
-    return trial.scales("key"), trial.scales("value")
+    return SlotScales(_scales(trial.largest_keys), _scales(trial.largest_values))
+
+
+def _scales(largest: Mapping[int, float]) -> dict[int, float]:
+    return {
+        owner: 2.0 ** math.ceil(math.log2(HEADROOM * value / LARGEST)) if value else 1.0
+        for owner, value in largest.items()
+    }
 
 
 class _Trial(CacheStep):
@@ -39,22 +48,16 @@ class _Trial(CacheStep):
     def __init__(self, model: Transformer, num_tokens: int) -> None:
         self._plan = model.config.plan
         self.positions = torch.arange(num_tokens, device=model.lm_head.weight.device)[None]
-        self._largest: dict[tuple[str, int], float] = {}
+        self.largest_keys: dict[int, float] = {}
+        self.largest_values: dict[int, float] = {}
 
     def store_keys(self, owner: int, fresh: Tensor) -> Tensor:
-        self._largest["key", owner] = fresh.abs().max().item()
+        self.largest_keys[owner] = fresh.abs().max().item()
         return fresh
 
     def store_values(self, owner: int, fresh: Tensor) -> Tensor:
-        self._largest["value", owner] = fresh.abs().max().item()
+        self.largest_values[owner] = fresh.abs().max().item()
         return fresh
 
     def mask(self, layer: int) -> Mask:
         return positional_mask(self.positions, self.positions, self._plan.windows[layer])
-
-    def scales(self, kind: str) -> dict[int, float]:
-        return {
-            owner: 2.0 ** math.ceil(math.log2(HEADROOM * largest / LARGEST)) if largest else 1.0
-            for (slot, owner), largest in self._largest.items()
-            if slot == kind
-        }

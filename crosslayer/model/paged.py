@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,13 +50,20 @@ class PagedRow:
     wanted: bool
 
 
+class SlotScales(NamedTuple):
+    """Per owner, the power of two that its keys or values are divided by before they are stored (see `fp8`)."""
+
+    keys: Mapping[int, float]
+    values: Mapping[int, float]
+
+
 class PagedCache:
     """Pools of blocks of `block_size` tokens for sequences of up to `max_length` tokens.
 
     `spans[layer]` is for how many tokens of a sequence the layer's keys and values are kept: `max_length`, or a window
     that is shorter. `num_blocks` says how many blocks each span has. `keys[owner]` and `values[owner]` are
-    [num_blocks, block_size, G, D] and hold keys and values divided by `key_scales[owner]` and `value_scales[owner]`,
-    clipped to what `dtype` can say. Scales are powers of two (default 1; see `fp8`).
+    [num_blocks, block_size, G, D] and hold keys and values divided by their slot's scale (default 1), clipped to what
+    `dtype` can say.
 
     Raises:
         UserError: a layer reads keys and values that are kept for different numbers of tokens.
@@ -70,8 +78,7 @@ class PagedCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        key_scales: Mapping[int, float] | None = None,
-        value_scales: Mapping[int, float] | None = None,
+        scales: SlotScales | None = None,
     ) -> None:
         plan = config.plan
         self.plan, self.block_size, self.max_length = plan, block_size, max_length
@@ -86,8 +93,7 @@ class PagedCache:
 
         self.keys = {owner: pool(owner) for owner in plan.key_slots}
         self.values = {owner: pool(owner) for owner in plan.value_slots}
-        self.key_scales = key_scales or dict.fromkeys(plan.key_slots, 1.0)
-        self.value_scales = value_scales or dict.fromkeys(plan.value_slots, 1.0)
+        self.scales = scales or SlotScales(dict.fromkeys(plan.key_slots, 1.0), dict.fromkeys(plan.value_slots, 1.0))
 
     @property
     def nbytes(self) -> int:
@@ -168,10 +174,10 @@ class PagedStep(CacheStep):
         self._rows: dict[tuple[int, int | None, bool], tuple[PagedRows, ...]] = {}
 
     def store_keys(self, owner: int, fresh: Tensor) -> Tensor:
-        return self._store(self.cache.keys[owner], self.cache.key_scales[owner], owner, fresh)
+        return self._store(self.cache.keys[owner], self.cache.scales.keys[owner], owner, fresh)
 
     def store_values(self, owner: int, fresh: Tensor) -> Tensor:
-        return self._store(self.cache.values[owner], self.cache.value_scales[owner], owner, fresh)
+        return self._store(self.cache.values[owner], self.cache.scales.values[owner], owner, fresh)
 
     def mask(self, layer: int) -> PagedMask:
         cache, plan = self.cache, self.cache.plan
@@ -179,11 +185,12 @@ class PagedStep(CacheStep):
         key = (cache.spans[layer], plan.windows[layer], narrow)
         if key not in self._rows:
             self._rows[key] = self._make_rows(*key)
-        key_scale, value_scale = (
-            cache.key_scales[plan.key_sources[layer]],
-            cache.value_scales[plan.value_sources[layer]],
+        scales = cache.scales
+        return PagedMask(
+            self._rows[key],
+            key_scale=scales.keys[plan.key_sources[layer]],
+            value_scale=scales.values[plan.value_sources[layer]],
         )
-        return PagedMask(self._rows[key], key_scale, value_scale)
 
     def _store(self, pool: Tensor, scale: float, owner: int, fresh: Tensor) -> Tensor:
         tokens = fresh.detach()[0].transpose(0, 1)

@@ -181,6 +181,6 @@ def test_cla2_holds_twice_the_tokens() -> None:
     for plan in ("identity", "cla2"):
         model = model_of(plan)
         engine = small_engine(model, 1, cache_bytes=10**6, block_size=16)
-        assert engine.cache.nbytes <= 10**6
+        assert engine.runner.cache.nbytes <= 10**6
         tokens[plan] = engine.cache_tokens
     assert tokens["cla2"] == pytest.approx(2 * tokens["identity"], abs=16)

@@ -52,7 +52,7 @@ def test_a_folder_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=5)
     assert llm.generate(PROMPTS, params) == make_llm().generate(PROMPTS, params)
     small = LLM(tmp_path / "model", CONFIG, dtype=torch.bfloat16)
-    assert small.engine.cache.keys[0].dtype == torch.bfloat16
+    assert small.engine.runner.cache.keys[0].dtype == torch.bfloat16
     assert small.engine.cache_tokens == pytest.approx(2 * llm.engine.cache_tokens, abs=4)
     assert len(small.generate(PROMPTS, params)[0][0].token_ids) == 5
 
@@ -61,7 +61,7 @@ def test_a_cache_in_8_bits_holds_four_times_the_tokens_of_float32() -> None:
     llms = [make_llm(cache_dtype=dtype) for dtype in ("auto", "fp8")]
     tokens = [llm.engine.cache_tokens for llm in llms]
     assert tokens[1] == pytest.approx(4 * tokens[0], abs=16)
-    assert llms[1].engine.cache.nbytes <= 10**6
+    assert llms[1].engine.runner.cache.nbytes <= 10**6
     params = SamplingParams(max_tokens=12, logprobs=0)
     texts = [llm.generate(PROMPTS, params) for llm in llms]
     # The first token after each prompt, whose logits differ by the rounding alone.
@@ -143,7 +143,7 @@ def test_without_limits_the_context_is_the_limit() -> None:
     assert len(continue_one(prompt).token_ids) == 64 - len(prompt)
     default = LLM(MODEL, tokenizer=TOKENIZER).engine
     assert default.max_length == MODEL.config.max_position_embeddings
-    assert 0 < default.cache.nbytes <= 2**30
+    assert 0 < default.runner.cache.nbytes <= 2**30
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crosslayer.engine import SamplingParams
-from crosslayer.engine.sampler import Drawing, draw, uniform
+from crosslayer.engine import Request, SamplingParams
+from crosslayer.engine.request import Sequence
+from crosslayer.engine.sampler import draw, uniform
 from crosslayer.errors import UserError
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.5, -3.0, 1.9, 0.0, 1.2, -0.4, 0.9, -2.0, 1.0])
@@ -23,14 +24,16 @@ LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.5, -3.0, 1.9, 0.0, 1.2, -0.4, 0.9, -2.0
 def drawing(
     params: SamplingParams,
     sample: int = 0,
-    prompt: Sequence[int] = (),
-    output: Sequence[int] = (),
-    stop_ids: Sequence[int] = (),
-) -> Drawing:
-    return Drawing(params, params.seed or 0, sample, prompt, output, frozenset(stop_ids))
+    prompt: Iterable[int] = (),
+    output: Iterable[int] = (),
+    stop_ids: Iterable[int] = (),
+) -> Sequence:
+    """A sequence that draws its next token."""
+    request = Request("name", tuple(prompt), params)
+    return Sequence(request, sample, params.seed or 0, 99, frozenset(stop_ids), None, [*request.prompt, *output])
 
 
-def tokens(logits: Tensor, rows: Sequence[Drawing]) -> list[int]:
+def tokens(logits: Tensor, rows: list[Sequence]) -> list[int]:
     return [token for token, _ in draw(logits, rows)]
 
 
@@ -120,7 +123,7 @@ def test_limits_of_sampling_are_greedy_or_uniform() -> None:
     assert counted.max() < 1150
 
 
-def any_row(chance: random.Random) -> Drawing:
+def any_row(chance: random.Random) -> Sequence:
     def maybe(value: Any, default: Any) -> Any:
         return value if chance.random() < 0.5 else default
 

@@ -1,8 +1,8 @@
-"""Stop strings against str.find on the whole text, with texts cut into tokens in any way."""
+"""Stop strings against a search character by character, with texts cut into tokens in any way."""
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosslayer.data import Tokenizer
@@ -12,8 +12,11 @@ TOKENIZER = Tokenizer.train(["abab abba caba abcabc 😀 é " * 20], 290)
 
 
 def until_stop(text: str, stop: list[str]) -> str:
-    places = [place for s in stop if (place := text.find(s)) >= 0]
-    return text[: min(places)] if places else text
+    """Character by character: the text before the first stop string to be complete, the longest of several."""
+    for end in range(len(text) + 1):
+        if found := [s for s in stop if text[:end].endswith(s)]:
+            return text[: end - max(map(len, found))]
+    return text
 
 
 def could_begin(text: str, stop: list[str]) -> int:
@@ -21,6 +24,7 @@ def could_begin(text: str, stop: list[str]) -> int:
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     text=st.text(alphabet="abc é😀", max_size=30),
     stop=st.lists(st.text(alphabet="abcé😀", min_size=1, max_size=5), max_size=3),
@@ -56,3 +60,9 @@ def test_half_a_character_at_the_end() -> None:
     assert stream.push(half[0], may_stop=True) == ""
     assert stream.finish() == ""
     assert stream.stopped
+
+
+def test_nothing_comes_after_a_stop_string() -> None:
+    stream = TextStream(TOKENIZER, ["b"])
+    given = [stream.push(token, may_stop=True) for token in (*TOKENIZER.encode("ab"), TOKENIZER.encode("☃")[0])]
+    assert "".join(given) + stream.finish() == "a"
