@@ -40,7 +40,7 @@ def _column(rows: list[Sequence], value: Callable[[SamplingParams], float], devi
 def _draw_at_random(scores: Tensor, rows: list[Sequence]) -> Tensor:
     """Temperature, top_k, top_p, min_p, and a token [R] of what they leave; rows with temperature 0 get any token."""
     device = scores.device
-    temperature = _column(rows, lambda p: p.temperature or 1.0, device)[:, None]
+    temperature = _column(rows, lambda p: max(p.temperature, 1e-30), device)[:, None]
     # The largest score is 0, so that a very low temperature does not overflow.
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
     if any(row.request.params.top_k or row.request.params.top_p < 1 for row in rows):

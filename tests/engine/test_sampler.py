@@ -115,7 +115,7 @@ def test_limits_of_sampling_are_greedy_or_uniform() -> None:
         rows = [drawing(SamplingParams(**settings), sample) for sample in range(50)]
         assert tokens(logits, rows) == [7] * 50
     logits[:, 100] = 8.0
-    for settings in ({"temperature": 1e-3}, {"temperature": 1e-30}, {"temperature": 1.0, "min_p": 1.0}):
+    for settings in ({"temperature": 1e-3}, {"temperature": 1e-60}, {"temperature": 1.0, "min_p": 1.0}):
         rows = [drawing(SamplingParams(**settings), sample) for sample in range(50)]
         assert tokens(logits, rows) == [7] * 50
     counted = draws(LOGITS, SamplingParams(temperature=1e9), 12_000)
