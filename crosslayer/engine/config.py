@@ -14,12 +14,15 @@ CacheDtype = Literal["auto", "fp8"]
 class EngineConfig:
     """How the engine divides memory and time.
 
-    `cache_bytes`: for keys and values (None: 85% of the GPU memory that the model leaves free, or 1 GiB on a CPU, but
-    no more than `max_running` sequences of `max_length` tokens need). `block_size`: tokens per block. `max_length`:
-    tokens of a sequence, prompt and continuation (None: the model's context). `max_running`: sequences that are in the
-    cache at a time. `max_step_tokens`: tokens that go through the model in one step, prompts in chunks if need be.
-    `prefix_caching`: sequences use the blocks of others that begin alike. `cache_dtype`: keys and values are stored in
-    the model's precision ("auto") or in 8 bits ("fp8"; see `crosslayer.model.fp8`).
+    `cache_bytes`: for keys and values (None: 85% of the GPU memory that the model leaves free, or on a CPU 1 GiB or
+    what a sequence of `max_length` tokens needs; never more than `max_running` such sequences need).
+    `block_size`: tokens per block.
+    `max_length`: tokens of a sequence, prompt and continuation (None: the model's context).
+    `max_running`: sequences that are in the cache at a time.
+    `max_step_tokens`: tokens that go through the model in one step, prompts in chunks if need be.
+    `prefix_caching`: sequences use the blocks of others that begin alike.
+    `cache_dtype`: keys and values are stored in the model's precision ("auto") or in 8 bits ("fp8"; see
+    `crosslayer.model.fp8`).
 
     Raises:
         UserError: a number that is not positive, or an unknown dtype.

@@ -115,6 +115,7 @@ class Engine:
         """
         scheduled = self.scheduler.schedule()
         if not scheduled:
+            assert not self.has_work, "requests wait for room that will never be there"
             return []
         drawing = [item.sequence for item in scheduled if item.draws]
         try:

@@ -73,6 +73,10 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError(f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}")
 
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
 
 @dataclass(frozen=True)
 class Request:

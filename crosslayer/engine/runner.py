@@ -32,16 +32,16 @@ class Runner:
         fp8 = config.cache_dtype == "fp8"
         dtype = FP8 if fp8 else weight.dtype
         sequence = sequence_bytes(model.config, block_size, max_length, dtype)
-        memory = config.cache_bytes or min(self._free_memory(), config.max_running * sequence)
+        memory = config.cache_bytes or min(self._free_memory(sequence), config.max_running * sequence)
         num_blocks = divide_memory(model.config, memory, block_size, max_length, dtype)
         scales = slot_scales(model) if fp8 else None
         self.cache = PagedCache(
             model.config, num_blocks, block_size, max_length, dtype=dtype, device=self.device, scales=scales
         )
 
-    def _free_memory(self) -> int:
+    def _free_memory(self, sequence: int) -> int:
         if self.device.type != "cuda":
-            return CPU_CACHE_BYTES
+            return max(CPU_CACHE_BYTES, sequence)  # a CPU's memory is taken only as it is written to
         return int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
 
     @torch.inference_mode()

@@ -72,16 +72,7 @@ def _truncate(scores: Tensor, rows: list[Sequence]) -> Tensor:
 
 def _penalise(logits: Tensor, rows: list[Sequence]) -> Tensor:
     """Logits after the penalties of the rows that have any."""
-    chosen = [
-        number
-        for number, row in enumerate(rows)
-        if (
-            row.request.params.repetition_penalty,
-            row.request.params.presence_penalty,
-            row.request.params.frequency_penalty,
-        )
-        != (1, 0, 0)
-    ]
+    chosen = [number for number, row in enumerate(rows) if row.request.params.has_penalties]
     if not chosen:
         return logits
     affected, device = [rows[number] for number in chosen], logits.device
