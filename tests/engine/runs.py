@@ -80,6 +80,7 @@ def assert_nothing_held(engine: Engine) -> None:
 def check_accounts(engine: Engine) -> None:
     """References are the numbers of tables that hold a block; blocks without any are free; names are one to one."""
     scheduler = engine.scheduler
+    assert len(scheduler.running) <= engine.config.max_running
     assert all(not sequence.tables for sequence in scheduler.waiting)
     for span, pool in engine.blocks.pools.items():
         held = [block for sequence in scheduler.running for block in sequence.tables[span].blocks]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosslayer.model import Transformer
+from crosslayer.model.paged import slots_of_spans
 from tests.conftest import BUILDABLE
 from tests.engine.runs import MAX_LENGTH, assert_greedy, assert_nothing_held, model_of, request, run, small_engine
 
@@ -174,6 +175,17 @@ def test_windows_bound_what_a_long_sequence_holds() -> None:
     assert len(pool.references) * 4 < 20
     tokens = run(engine, [request("a", range(50), 200)])["a", 0]
     assert_greedy(model, range(50), tokens)
+
+
+@pytest.mark.parametrize(("plan", "blocks"), [("cla2", {64: 5}), ("yoco:window=5", {64: 5, 5: 3})])
+def test_the_most_bytes_used_are_those_of_the_blocks_held(plan: str, blocks: dict[int, int]) -> None:
+    """10 tokens and 8 more, of which the last is never put in: 17 tokens in blocks of 4; a window of 5 is in two blocks,
+    and the whole prompt, of which the first pass needs all, in three."""
+    model = model_of(plan)
+    engine = small_engine(model, 4)
+    run(engine, [request("a", range(10), 8)])
+    slots = slots_of_spans(model.config, MAX_LENGTH)
+    assert engine.most_cache_bytes_used == sum(slots[span] * count for span, count in blocks.items()) * 4 * 2 * 10 * 4
 
 
 def test_cla2_holds_twice_the_tokens() -> None:
