@@ -142,4 +142,4 @@ TestAccounting = EngineMachine.TestCase
 
 @pytest.mark.slow
 class TestAccountingForLonger(EngineMachine.TestCase):  # type: ignore[misc]
-    settings = settings(max_examples=200, stateful_step_count=30, deadline=None, derandomize=True)
+    settings = settings(max_examples=120, stateful_step_count=30, deadline=None, derandomize=True)
