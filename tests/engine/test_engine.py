@@ -179,8 +179,8 @@ def test_windows_bound_what_a_long_sequence_holds() -> None:
 
 @pytest.mark.parametrize(("plan", "blocks"), [("cla2", {64: 5}), ("yoco:window=5", {64: 5, 5: 3})])
 def test_the_most_bytes_used_are_those_of_the_blocks_held(plan: str, blocks: dict[int, int]) -> None:
-    """10 tokens and 8 more, of which the last is never put in: 17 tokens in blocks of 4. A window of 5 is in two blocks,
-    but the first pass needs the whole prompt, which is in three."""
+    """10 tokens and 8 more, of which the last is never put in: 17 tokens in blocks of 4. A window of 5 takes two
+    blocks, but the first pass needs those of the whole prompt, three."""
     model = model_of(plan)
     engine = small_engine(model, 4)
     run(engine, [request("a", range(10), 8)])
