@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from crosslayer.cli.common import (
@@ -47,41 +49,44 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens must be positive, got {arguments.max_new_tokens}")
     model, tokenizer, _ = load_model(arguments.model, arguments.device)
 
-    from crosslayer.data import StreamDecoder
-    from crosslayer.model.generate import Sampling, generate, make_cache
+    from crosslayer.engine import LLM, Completion, EngineConfig, SamplingParams
 
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    params = SamplingParams(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_new_tokens,
+    )
+    # A hash, because seed + row would give row 1 of one seed the numbers of row 0 of the next.
+    seeds = [zlib.crc32(f"{arguments.seed} {row}".encode()) for row in range(len(prompts))]
+    each = [replace(params, seed=seed) for seed in seeds]
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    decoders = [StreamDecoder(tokenizer) for _ in prompts]
-    texts, counts = [""] * len(prompts), [0] * len(prompts)
+    longest = max(map(len, ids)) + arguments.max_new_tokens
+    warn_beyond_context(model, longest)
+    llm = LLM(model, EngineConfig(max_length=longest), tokenizer=tokenizer)
+    completions = [Completion() for _ in prompts]
     streaming = arguments.prompt is not None and not arguments.json
-    warn_beyond_context(model, max(map(len, ids)) + arguments.max_new_tokens)
-    cache = make_cache(model, ids, arguments.max_new_tokens)
     if streaming:
         print(prompts[0], end="", flush=True)
     started = time.monotonic()
-    for tokens in generate(model, ids, max_new_tokens=arguments.max_new_tokens, sampling=sampling, cache=cache):
-        for row, token in enumerate(tokens):
-            if token is not None:
-                piece = decoders[row].push(token)
-                texts[row], counts[row] = texts[row] + piece, counts[row] + 1
-                if streaming:
-                    print(piece, end="", flush=True)
-    seconds = time.monotonic() - started
-    for row, decoder in enumerate(decoders):
-        texts[row] += (rest := decoder.flush())
+    for row, output in llm.stream(ids, each):
+        completions[row].add(output)
         if streaming:
-            print(rest)
+            print(output.text, end="", flush=True)
+    seconds = time.monotonic() - started
+    if streaming:
+        print()
+    rows = list(zip(prompts, completions, strict=True))
     if arguments.json:
-        rows = zip(prompts, texts, counts, strict=True)
-        write_json_output(arguments.json, [{"prompt": p, "text": t, "tokens": n} for p, t, n in rows])
+        records = [{"prompt": prompt, "text": c.text, "tokens": len(c.token_ids)} for prompt, c in rows]
+        write_json_output(arguments.json, records)
     if not streaming and arguments.json != "-":
-        for prompt, text in zip(prompts, texts, strict=True):
-            print(f"--- {prompt}\n{text}")
-    total = sum(counts)
+        for prompt, completion in rows:
+            print(f"--- {prompt}\n{completion.text}")
+    total = sum(len(completion.token_ids) for completion in completions)
     print(
-        f"[{total} tokens, {total / seconds:,.0f} tokens/s, KV cache {cache.nbytes:,} bytes in "
-        f"{len(cache.keys)} of {model.config.num_hidden_layers} layers]",
+        f"[{total} tokens, {total / seconds:,.0f} tokens/s, KV cache {llm.engine.most_cache_bytes_used:,} bytes in "
+        f"{len(model.config.plan.key_owners)} of {model.config.num_hidden_layers} layers]",
         file=sys.stderr,
     )
 

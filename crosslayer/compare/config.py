@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from crosslayer.data import DataConfig
+from crosslayer.engine import SamplingParams
 from crosslayer.errors import UserError
-from crosslayer.model.generate import GREEDY, Sampling
 from crosslayer.train import Recipe, TrainConfig
 
 DEFAULT = Path(__file__).with_name("default.yaml")
@@ -17,18 +17,17 @@ DEFAULT = Path(__file__).with_name("default.yaml")
 
 @dataclass(frozen=True)
 class Sample:
-    """A continuation to show at the end: up to `tokens` tokens after `prompt`, by the model of one of the designs."""
+    """A continuation of `prompt` to show at the end, by the model of one of the designs."""
 
     design: str
     prompt: str
-    tokens: int = 80
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=80))
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UserError("prompt must not be empty")
-        if self.tokens < 1:
-            raise UserError(f"tokens must be at least 1, got {self.tokens}")
+        if self.sampling.n != 1:
+            raise UserError(f"sampling.n must be 1, got {self.sampling.n}: the report shows one continuation")
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class DesignResult:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Text that one of the trained models wrote, and the bytes of the cache that it was written with; next to them the
+    """Text that one of the trained models wrote, and the bytes of a cache of the prompt and the text; next to them the
     bytes that the first design would have needed (None where it has no shape)."""
 
     design: str

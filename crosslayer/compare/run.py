@@ -15,11 +15,11 @@ from crosslayer import checkpoint
 from crosslayer.compare.config import CompareConfig, Sample, design_folder
 from crosslayer.compare.results import Continuation, Curve, DesignResult, Results, Run, Shape, Summary, compare_losses
 from crosslayer.data import PreparedData, prepare
+from crosslayer.engine import LLM, EngineConfig
 from crosslayer.environment import describe_environment
 from crosslayer.errors import UserError
 from crosslayer.files import write_json, write_whole
 from crosslayer.model import ContiguousCache
-from crosslayer.model.generate import generate, make_cache
 from crosslayer.plan import ModelConfig
 from crosslayer.plan.cost import kv_bytes, num_parameters
 from crosslayer.settings import to_mapping
@@ -181,11 +181,14 @@ def _continue(
     device = choose_device(config.train.device)
     model = checkpoint.load(out / run.folder / "model", device=device, dtype=torch.float32)
     prompt = data.tokenizer.encode(sample.prompt)
-    cache = make_cache(model, [prompt], sample.tokens)
-    steps = generate(model, [prompt], max_new_tokens=sample.tokens, sampling=sample.sampling, cache=cache)
-    ids = [token for (token,) in steps if token is not None]
+    # Beyond the context if need be: the training is done, and must not end with a refusal.
+    max_length = max(model.config.max_position_embeddings, len(prompt) + (sample.sampling.max_tokens or 1))
+    llm = LLM(model, EngineConfig(max_length=max_length), tokenizer=data.tokenizer)
+    ((completion,),) = llm.generate([prompt], sample.sampling)
+    tokens = len(completion.token_ids)
     reference = None
     if designs[0].shape is not None:
-        reference = kv_bytes(_model_config(config, designs[0].design, data), cache.max_length, 1, "fp32")
-    text = "".join(data.tokenizer.decode_stream(ids))
-    return Continuation(sample.design, run.seed, sample.prompt, text, len(ids), "fp32", cache.nbytes, reference)
+        first = _model_config(config, designs[0].design, data)
+        reference = kv_bytes(first, len(prompt) + tokens, 1, "fp32")
+    cached = kv_bytes(model.config, len(prompt) + tokens, 1, "fp32")
+    return Continuation(sample.design, run.seed, sample.prompt, completion.text, tokens, "fp32", cached, reference)

@@ -1,4 +1,4 @@
-"""A preallocated key/value cache addressed by slot.
+"""A preallocated key/value cache addressed by slot, and what a forward pass asks of any cache.
 
 There is one buffer per slot of the sharing plan, owned by the layer that writes it; readers have none. A slot that
 only windowed layers read is a ring of its window's length, so the bytes allocated are the bytes the plan says.
@@ -7,14 +7,60 @@ Rows advance by different amounts, so prompts of different length share a batch 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 from crosslayer.errors import UserError
 from crosslayer.model.attention import Mask, positional_mask
-from crosslayer.plan import ModelConfig
+from crosslayer.plan import ModelConfig, SharingPlan
+
+
+class CacheStep(ABC):
+    """One forward pass over a cache, as the model sees it.
+
+    `positions` [B, T] are those of the new tokens. `wanted` [n], where it is not None, numbers the tokens (columns of a
+    batch of one row) whose hidden states are asked for; layers from the plan's prefill cut on run for these alone.
+    """
+
+    positions: Tensor
+    wanted: Tensor | None = None
+
+    @abstractmethod
+    def store_keys(self, owner: int, fresh: Tensor) -> Tensor:
+        """Store new keys [B, G, T, D] in the slot of `owner`; return what `attend` wants as keys."""
+
+    @abstractmethod
+    def store_values(self, owner: int, fresh: Tensor) -> Tensor:
+        """Likewise values."""
+
+    @abstractmethod
+    def mask(self, layer: int) -> Mask:
+        """The mask of a layer, for the keys and values that its owners' `store` returned."""
+
+    def finish(self) -> None:
+        """Called when all layers have run."""
+        return
+
+
+def slot_capacities(plan: SharingPlan, max_length: int) -> tuple[int, ...]:
+    """Per layer, for how many tokens of a sequence of `max_length` its keys and its values are kept.
+
+    Raises:
+        UserError: a layer reads keys and values that are kept for different numbers of tokens.
+    """
+    capacities = []
+    for layer, (key_source, value_source) in enumerate(zip(plan.key_sources, plan.value_sources, strict=True)):
+        keys = plan.key_slots[key_source].capacity(max_length)
+        values = plan.value_slots[value_source].capacity(max_length)
+        if keys != values:
+            raise UserError(
+                f"layer {layer}: its keys (layer {key_source}) are cached for {keys} tokens but its values "
+                f"(layer {value_source}) for {values}; give the readers of both the same windows"
+            )
+        capacities.append(keys)
+    return tuple(capacities)
 
 
 class ContiguousCache:
@@ -38,17 +84,7 @@ class ContiguousCache:
         device: torch.device | str = "cpu",
     ) -> None:
         plan = config.plan
-        for layer in range(plan.num_layers):
-            key_slot, value_slot = (
-                plan.key_slots[plan.key_sources[layer]],
-                plan.value_slots[plan.value_sources[layer]],
-            )
-            if key_slot.capacity(max_length) != value_slot.capacity(max_length):
-                raise UserError(
-                    f"layer {layer}: its keys (layer {key_slot.owner}) are cached for {key_slot.capacity(max_length)} "
-                    f"tokens but its values (layer {value_slot.owner}) for {value_slot.capacity(max_length)}; "
-                    "give the readers of both the same windows"
-                )
+        self.capacities = slot_capacities(plan, max_length)
 
         def allocate(capacity: int) -> Tensor:
             # Zeros, not empty: a masked entry still meets its zero weight, and 0 times a stray NaN is NaN.
@@ -57,6 +93,7 @@ class ContiguousCache:
 
         self.keys = {owner: allocate(slot.capacity(max_length)) for owner, slot in plan.key_slots.items()}
         self.values = {owner: allocate(slot.capacity(max_length)) for owner, slot in plan.value_slots.items()}
+        self.plan = plan
         self.max_length = max_length
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
 
@@ -65,7 +102,7 @@ class ContiguousCache:
         """Bytes allocated for keys and values."""
         return sum(buffer.nbytes for buffer in (*self.keys.values(), *self.values.values()))
 
-    def begin(self, input_ids: Tensor, new_lengths: Tensor | None) -> CacheStep:
+    def begin(self, input_ids: Tensor, new_lengths: Tensor | None) -> ContiguousStep:
         """Prepare to append tokens [B, T], of which row b uses its first new_lengths[b] (default all).
 
         Raises:
@@ -81,36 +118,45 @@ class ContiguousCache:
         longest = int((self.lengths + new).max())
         if longest > self.max_length:
             raise UserError(f"the cache holds {self.max_length} tokens a row, but a row would need {longest}")
-        return CacheStep(self, num_tokens, self.lengths, new, input_ids.device)
+        return ContiguousStep(self, num_tokens, self.lengths, new, input_ids.device)
 
-    def advance(self, step: CacheStep) -> None:
+    def advance(self, step: ContiguousStep) -> None:
         """Count the tokens of a finished step."""
         self.lengths = step.old + step.new
 
 
-@dataclass
-class CacheStep:
-    """One forward pass over a cache: rows hold `old` tokens and gain `new`, out of `num_tokens` columns.
+class ContiguousStep(CacheStep):
+    """One forward pass: rows hold `old` tokens and gain `new`, out of `num_tokens` columns.
 
     Everything that depends only on lengths (positions, masks, where tokens are written) is worked out once and shared
     by all layers.
     """
 
-    cache: ContiguousCache
-    num_tokens: int
-    old: Tensor
-    new: Tensor
-    device: torch.device
-    _masks: dict[tuple[int | None, int], Mask] = field(default_factory=dict)
-    _writes: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, cache: ContiguousCache, num_tokens: int, old: Tensor, new: Tensor, device: torch.device) -> None:
+        self.cache, self.num_tokens, self.old, self.new, self.device = cache, num_tokens, old, new, device
         self.first = not self.old.any()
         self.span = int((self.old + self.new).max())
         self._positions = self.old[:, None] + torch.arange(self.num_tokens)
-        self.positions = self._positions.to(self.device)  # [B, T]
+        self.positions = self._positions.to(self.device)
+        self._masks: dict[tuple[int | None, int], Mask] = {}
+        self._writes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def append(self, buffer: Tensor, fresh: Tensor) -> Tensor:
+    def store_keys(self, owner: int, fresh: Tensor) -> Tensor:
+        return self._append(self.cache.keys[owner], fresh)
+
+    def store_values(self, owner: int, fresh: Tensor) -> Tensor:
+        return self._append(self.cache.values[owner], fresh)
+
+    def mask(self, layer: int) -> Mask:
+        key = (self.cache.plan.windows[layer], self.cache.capacities[layer])
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(*key)
+        return self._masks[key]
+
+    def finish(self) -> None:
+        self.cache.advance(self)
+
+    def _append(self, buffer: Tensor, fresh: Tensor) -> Tensor:
         """Store new keys or values [B, G, T, D] in a slot; return all that its readers may look at [B, G, S, D]."""
         capacity = buffer.shape[2]
         if self.first:
@@ -123,13 +169,6 @@ class CacheStep:
         if not self.first and not self._is_ring(capacity):
             seen = buffer[:, :, : self.span]
         return seen
-
-    def mask(self, window: int | None, capacity: int) -> Mask:
-        """The mask for a layer with this window that reads a slot of this capacity."""
-        key = (window, capacity)
-        if key not in self._masks:
-            self._masks[key] = self._make_mask(window, capacity)
-        return self._masks[key]
 
     def _make_mask(self, window: int | None, capacity: int) -> Mask:
         # Never a FlexAttention mask: its kernel is compiled anew, for seconds, at every new length of prompt.

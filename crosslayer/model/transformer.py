@@ -86,14 +86,14 @@ class Attention(nn.Module):
         q = self._heads(projected, self.q_norm, rope).transpose(1, 2)
         if self.k_proj is not None:
             k = self._heads(made[0], self.k_norm, rope).transpose(1, 2)
-            k = k if step is None else step.append(step.cache.keys[self.layer], k)
+            k = k if step is None else step.store_keys(self.layer, k)
         if self.v_proj is not None:
             # A copy, where V was made in one matmul with Q: as a view, it would keep all of that for the backward pass.
             v = self._split(made[-1]).contiguous().transpose(1, 2)
-            v = v if step is None else step.append(step.cache.values[self.layer], v)
+            v = v if step is None else step.store_values(self.layer, v)
         assert k is not None
         assert v is not None
-        output = attend(q, k.to(q.dtype), v.to(q.dtype), mask).transpose(1, 2).flatten(-2)
+        output = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
         return self.o_proj(output), k, v
 
     def _split(self, projected: Tensor) -> Tensor:
@@ -168,27 +168,22 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        cache: ContiguousCache | None = None,
-        new_lengths: Tensor | None = None,
+        step: CacheStep | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, hidden_size] after the final norm; arguments as in `Transformer.forward`."""
+        """Hidden states [B, T, hidden_size] after the final norm, or [1, n, hidden_size] of the n tokens that a `step`
+        over a cache wants; other arguments as in `Transformer.forward`."""
         plan, length, device = self.config.plan, input_ids.shape[1], input_ids.device
-        step: CacheStep | None = None
         masks: list[Mask]
-        if cache is None:
+        if step is None:
             positions = torch.arange(length, device=device)[None]
             by_window = {window: causal_mask(length, window, document_ids, device) for window in set(plan.windows)}
             masks = [by_window[window] for window in plan.windows]
         else:
             if document_ids is not None:
                 raise UserError("packed documents (document_ids) cannot be combined with a cache")
-            step = cache.begin(input_ids, new_lengths)
             positions = step.positions
-            masks = [
-                step.mask(window, cache.keys[source].shape[2])
-                for window, source in zip(plan.windows, plan.key_sources, strict=True)
-            ]
+            masks = [step.mask(layer) for layer in range(plan.num_layers)]
 
         rope = rope_tables(self.config, positions)
         x = self.embed_tokens(input_ids)
@@ -200,8 +195,8 @@ class Decoder(nn.Module):
                 x = checkpoint(self._run, layers, x, rope, masks, None, use_reentrant=False, preserve_rng_state=False)
         else:
             x = self._run(range(plan.num_layers), x, rope, masks, step, checkpoint_blocks=recompute == "block")
-        if cache is not None and step is not None:
-            cache.advance(step)
+        if step is not None:
+            step.finish()
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -230,6 +225,11 @@ class Decoder(nn.Module):
                 del keys[key_source]
             if plan.value_slots[value_source].readers[-1] == layer:
                 del values[value_source]
+            if step is not None and step.wanted is not None and layer + 1 == plan.prefill_cut:
+                # All slots are filled; what is left is of use only to tokens that are asked for.
+                x, rope = x[:, step.wanted], (rope[0][:, step.wanted], rope[1][:, step.wanted])
+                if not len(step.wanted):
+                    break
         return x
 
 
@@ -289,7 +289,8 @@ class Transformer(nn.Module):
         continue each row; rows that bring fewer than T tokens say so in `new_lengths` [B], and what follows is
         ignored. With `document_ids` [B, T], tokens attend only within their own document.
         """
-        hidden = self.model(input_ids, cache=cache, new_lengths=new_lengths, document_ids=document_ids)
+        step = None if cache is None else cache.begin(input_ids, new_lengths)
+        hidden = self.model(input_ids, step=step, document_ids=document_ids)
         if targets is not None:
             return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits: Tensor = self.lm_head(hidden)

@@ -82,7 +82,7 @@ def results(workplace: Path, out: Path) -> Results:
         workplace,
         designs=["H8-MQA", "CLA2", "0,1,1", "H4-MQA", "nonsense"],
         learning_rates={"H4-MQA": 1e38},
-        sample={"design": "CLA2", "prompt": "shared <keys>", "tokens": 5},
+        sample={"design": "CLA2", "prompt": "shared <keys>", "sampling": {"max_tokens": 5}},
     )
     return compare(config, out, command="crosslayer compare <here>")
 

@@ -155,7 +155,7 @@ MUTATIONS = (
     Mutation(
         "windows are ignored in decoding",
         WINDOWS,
-        cache.CacheStep._make_mask,
+        cache.ContiguousStep._make_mask,
         "return positional_mask(self.positions, keys.to(self.device), window)",
         "return positional_mask(self.positions, keys.to(self.device), None)",
         ("token by token", "chunked prefill", "ragged batch"),
@@ -163,7 +163,7 @@ MUTATIONS = (
     Mutation(
         "the ring is off by one when read",
         WINDOWS,
-        cache.CacheStep._make_mask,
+        cache.ContiguousStep._make_mask,
         "newest = self.old[:, None] - 1",
         "newest = self.old[:, None]",
         ("token by token", "chunked prefill", "ragged batch"),
@@ -171,7 +171,7 @@ MUTATIONS = (
     Mutation(
         "the ring is off by one when written",
         WINDOWS,
-        cache.CacheStep._write_indices,
+        cache.ContiguousStep._write_indices,
         "% capacity",
         "% max(capacity - 1, 1)",
         ("token by token", "chunked prefill", "ragged batch"),
@@ -179,7 +179,7 @@ MUTATIONS = (
     Mutation(
         "a chunk longer than the window keeps its first tokens",
         WINDOWS,
-        cache.CacheStep._write_indices,
+        cache.ContiguousStep._write_indices,
         "(columns >= self.new[:, None] - capacity)",
         "(columns < capacity)",
         ("chunked prefill", "ragged batch"),
@@ -195,7 +195,7 @@ MUTATIONS = (
     Mutation(
         "unused columns of short rows are stored too",
         "cla2",
-        cache.CacheStep._write_indices,
+        cache.ContiguousStep._write_indices,
         "(columns < self.new[:, None]) & ",
         "(columns >= 0) & ",
         ("ragged batch",),
@@ -203,7 +203,7 @@ MUTATIONS = (
     Mutation(
         "positions start at zero in every chunk",
         "cla2",
-        cache.CacheStep.__post_init__,
+        cache.ContiguousStep.__init__,
         "self.old[:, None] + torch.arange(self.num_tokens)",
         "0 * self.old[:, None] + torch.arange(self.num_tokens)",
         ("token by token", "chunked prefill", "ragged batch"),

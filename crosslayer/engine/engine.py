@@ -1,0 +1,158 @@
+"""The engine: requests come in and outputs go out, a step at a time."""
+
+from __future__ import annotations
+
+import secrets
+
+from crosslayer.data import Tokenizer
+from crosslayer.engine.blocks import BlockManager
+from crosslayer.engine.config import EngineConfig
+from crosslayer.engine.request import FinishReason, Output, Request, Sequence, TokenLogprobs
+from crosslayer.engine.runner import Runner
+from crosslayer.engine.sampler import draw
+from crosslayer.engine.scheduler import Scheduler
+from crosslayer.engine.text import TextStream
+from crosslayer.errors import UserError
+from crosslayer.model import Transformer
+
+
+class Engine:
+    """Continues many requests at once. Not safe for threads: one caller adds, steps and aborts.
+
+    Without a `tokenizer` it works on token ids alone, and texts are empty.
+
+    Raises:
+        UserError: the cache is too small, or a layer's keys and values are kept for different numbers of tokens.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None
+    ) -> None:
+        self.config = config = config or EngineConfig()
+        self.tokenizer = tokenizer
+        self.max_length = config.max_length or model.config.max_position_embeddings
+        self.runner = Runner(model, config, self.max_length)
+        self.blocks = BlockManager(
+            self.runner.cache.num_blocks, config.block_size, self.max_length, prefix_caching=config.prefix_caching
+        )
+        self.scheduler = Scheduler(self.blocks, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
+        self._samples: dict[str, list[Sequence]] = {}  # those that have not ended, by request
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache holds at a time: of whole contexts, or of windows where all layers have one."""
+        return self.config.block_size * max(self.runner.cache.num_blocks.values())
+
+    @property
+    def most_cache_bytes_used(self) -> int:
+        """Bytes of the most blocks that sequences have held at a time."""
+        cache = self.runner.cache
+        return sum(
+            pool[0].nbytes * self.blocks.pools[cache.spans[owner]].most_used
+            for pools in (cache.keys, cache.values)
+            for owner, pool in pools.items()
+        )
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._samples)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            UserError: its id is in use, its prompt is empty, or it asks for what the model, the cache or an engine
+                without a tokenizer cannot give.
+        """
+        limit = self._check(request)
+        params, config = request.params, self.runner.model.config
+        stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else config.eos_token_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._samples[request.id] = []
+        for index in range(params.n):
+            text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
+            sequence = Sequence(request, index, seed, limit, stop_ids, text, list(request.prompt))
+            self._samples[request.id].append(sequence)
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> list[Output]:
+        """End a request and give its blocks back; nothing happens if it has ended already."""
+        samples = list(self._samples.get(request_id, ()))
+        for sequence in samples:
+            self._end(sequence)
+        return [Output(request_id, sequence.index, None, "", None, "abort") for sequence in samples]
+
+    def _check(self, request: Request) -> int:
+        """How many tokens a sample of the request may have, prompt included."""
+        config, length = self.runner.model.config, len(request.prompt)
+        if request.id in self._samples:
+            raise UserError(f"request id {request.id!r} is in use")
+        if not length:
+            raise UserError("there is nothing to continue: the prompt has no tokens")
+        ids = (*request.prompt, *request.params.stop_token_ids)
+        if wrong := next((token for token in ids if not 0 <= token < config.vocab_size), None):
+            raise UserError(f"token {wrong} does not exist: the model knows 0 to {config.vocab_size - 1}")
+        if request.params.stop and self.tokenizer is None:
+            raise UserError("stop strings need an engine with a tokenizer")
+        most = min(self.max_length, self.blocks.max_tokens)
+        wanted = length + (request.params.max_tokens or 1)
+        if wanted > most:
+            what = "the context" if most == self.max_length else "the cache"
+            raise UserError(
+                f"a prompt of {length} tokens and {wanted - length} more do not fit in {what}, which holds {most}"
+            )
+        return wanted if request.params.max_tokens else most
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """Run the model once and give out what came of it, at most one output per sample; nothing without work.
+
+        An exception on the way drops the requests that took part (they give their blocks back and are in the engine no
+        more) and is raised again; the others go on with the next step.
+        """
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            assert not self.has_work, "requests wait for room that will never be there"
+            return []
+        drawing = [item.sequence for item in scheduled if item.draws]
+        try:
+            logits = self.runner.run(scheduled)
+            for item in scheduled:
+                self.scheduler.computed(item)
+            drawn = draw(logits, drawing)
+            return [self._advance(sequence, *result) for sequence, result in zip(drawing, drawn, strict=True)]
+        except BaseException:
+            self.blocks.forget_contents()
+            for item in scheduled:
+                self.abort(item.sequence.request.id)
+            raise
+
+    def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Output:
+        """Give a sequence its next token, and end it if that is due."""
+        request, given = sequence.request, token not in sequence.stop_ids
+        reason: FinishReason | None = None if given else "stop"
+        text = ""
+        if given:
+            sequence.tokens.append(token)
+            if len(sequence.tokens) == sequence.limit:
+                reason = "length"
+        if sequence.text is not None:
+            if given:
+                text = sequence.text.push(token, may_stop=sequence.num_output >= request.params.min_tokens)
+            if reason:
+                text += sequence.text.finish()
+            if sequence.text.stopped:
+                reason = "stop"
+        if reason:
+            self._end(sequence)
+        return Output(request.id, sequence.index, token if given else None, text, logprobs if given else None, reason)
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        samples = self._samples[sequence.request.id]
+        samples.remove(sequence)
+        if not samples:
+            del self._samples[sequence.request.id]

@@ -1,0 +1,96 @@
+"""Engines with small pools, and what must hold of what they give out and leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from crosslayer.engine import Engine, EngineConfig, Output, Request, SamplingParams
+from crosslayer.model import Transformer
+from crosslayer.model.paged import sequence_bytes
+from tests.conftest import tiny_config
+from tests.model.checks import random_model
+
+MAX_LENGTH = 64
+
+
+@cache
+def model_of(plan: str, **changes: int) -> Transformer:
+    return random_model(tiny_config(plan, **changes))
+
+
+def small_engine(model: Transformer, sequences: float = 3.0, max_length: int = MAX_LENGTH, **config: int) -> Engine:
+    """An engine with room for so many sequences of `max_length` tokens."""
+    size = config.get("block_size", 4)
+    nbytes = int(sequences * sequence_bytes(model.config, size, max_length, torch.float32))
+    return Engine(
+        model, config=EngineConfig(**{"block_size": 4, "max_length": max_length, "cache_bytes": nbytes, **config})
+    )
+
+
+def run(engine: Engine, requests: Sequence[Request], arrivals: Sequence[int] = ()) -> dict[tuple[str, int], list[int]]:
+    """Tokens of each sample, where request i arrives before step arrivals[i] (default: all at once)."""
+    tokens: dict[tuple[str, int], list[int]] = {(r.id, i): [] for r in requests for i in range(r.params.n)}
+    queue = sorted(zip(arrivals or [0] * len(requests), range(len(requests)), strict=True))
+    step = 0
+    while queue or engine.has_work:
+        while queue and queue[0][0] <= step:
+            engine.add(requests[queue.pop(0)[1]])
+        collect(engine.step(), tokens)
+        step += 1
+        assert step < 10_000, "the engine makes no progress"
+    return tokens
+
+
+def collect(outputs: Sequence[Output], tokens: dict[tuple[str, int], list[int]]) -> None:
+    for output in outputs:
+        if output.token is not None:
+            tokens[output.request_id, output.index].append(output.token)
+
+
+def request(name: object, prompt: Sequence[int], max_tokens: int = 10, **params: object) -> Request:
+    return Request(str(name), tuple(prompt), SamplingParams(max_tokens=max_tokens, **params))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def assert_greedy(model: Transformer, prompt: Sequence[int], output: Sequence[int]) -> None:
+    """Every token is the likeliest one after those before it, by the model without a cache.
+
+    By induction that is the greedy continuation, token for token. The two best logits may only be mistaken for one
+    another where they are closer than the differences between float32 runs of another batch.
+    """
+    logits = model(torch.tensor([[*prompt, *output]]))[0, len(prompt) - 1 : -1]
+    taken = logits.gather(-1, torch.tensor(output)[:, None])[:, 0]
+    gap = (logits.amax(dim=-1) - taken) / logits.abs().max()
+    assert gap.max() < 2e-5, f"token {int(gap.argmax())} of {output} after {prompt} is {gap.max():.1e} below the best"
+
+
+def assert_nothing_held(engine: Engine) -> None:
+    """No request is in the engine, and every block is free."""
+    assert not engine.has_work
+    assert not engine.scheduler.running
+    assert not engine.scheduler.waiting
+    check_accounts(engine)
+    for pool in engine.blocks.pools.values():
+        assert pool.num_free == len(pool.references)
+
+
+def check_accounts(engine: Engine) -> None:
+    """References are the numbers of tables that hold a block; blocks without any are free; names are one to one."""
+    scheduler = engine.scheduler
+    assert len(scheduler.running) <= engine.config.max_running
+    assert all(not sequence.tables for sequence in scheduler.waiting)
+    for span, pool in engine.blocks.pools.items():
+        held = [block for sequence in scheduler.running for block in sequence.tables[span].blocks]
+        assert pool.references == [held.count(block) for block in range(len(pool.references))]
+        assert set(pool._free) == {block for block, count in enumerate(pool.references) if not count}
+        assert {block: name for name, block in pool._named.items()} == pool._names
+    for sequence in scheduler.running:
+        for span, table in sequence.tables.items():
+            first = (
+                max(0, sequence.num_cached - span + 1) // engine.blocks.block_size if span < engine.max_length else 0
+            )
+            assert table.first == first, "a block that no window reaches is still held"
+            assert table.end * engine.blocks.block_size >= sequence.num_cached
