@@ -247,10 +247,15 @@ def test_interrupted_in_the_second_run_it_goes_on(
         if saves == 4:  # each run saves three times
             signal.raise_signal(signum)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_interrupt)
-        with pytest.raises(KeyboardInterrupt) as interrupted:
-            compare(config, workplace / "cut")
+    # A shell starts what runs in its background with SIGINT ignored, and so perhaps these tests.
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "save", save_and_interrupt)
+            with pytest.raises(KeyboardInterrupt) as interrupted:
+                compare(config, workplace / "cut")
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
     assert isinstance(interrupted.value, Stopped) == (signum == signal.SIGTERM)
     assert "1 of 4 runs done; the same command goes on from here" in capsys.readouterr().err
     assert len(list((workplace / "cut").glob("runs/*/*/result.json"))) == 1
