@@ -1,6 +1,6 @@
 """The study of docs/study.md, run by run: train, evaluate, and append a line to the results, within a time limit.
 
-    python benchmarks/study.py noise tune data.paths=[train.jsonl.xz] data.valid_paths=[valid.jsonl.xz] \\
+    python -m benchmarks.study noise tune data.paths=[train.jsonl.xz] data.valid_paths=[valid.jsonl.xz] \\
         --task-data eval --minutes 8
 
 Names of stages (configs/study/stages.yaml; none: all, in their order) and key=value settings over the config may be

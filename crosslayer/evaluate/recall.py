@@ -76,7 +76,7 @@ def score_recall(
     for length in lengths:
         if not 4 * WORDS <= length <= context:
             raise UserError(
-                f"recall needs rows of {4 * WORDS} tokens up to the model's context, {context}; got {length}"
+                f"recall needs rows of at least {4 * WORDS} and, for this model, at most {context} tokens; got {length}"
             )
     lexicon = common_words(tokenizer)
     requests = [
