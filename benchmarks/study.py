@@ -175,20 +175,15 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def describe(row: dict[str, Any]) -> str:
+    """A line for those who wait."""
     name = f"{row['design']:40} seed {row['seed']}  rate {row['learning_rate']:<8g}"
     if "error" in row:
         return f"{name} {row['error']}"
-    validation = row["validation"]
-    accuracies = "  ".join(
-        f"{task} {score['metrics']['acc']['value']:.3f}"
-        for task, score in row["tasks"].items()
-        if "acc" in score["metrics"]
-    )
-    recall = sum(result["accuracy"] for result in row["recall"]) / len(row["recall"])
-    return (
-        f"{name} loss {validation['loss']:.4f} ±{validation['standard_error']:.4f}  {accuracies}  recall {recall:.3f}  "
-        f"{row['seconds']:.0f} + {row['evaluation_seconds']:.0f} s"
-    )
+    found = [f"loss {row['validation']['loss']:.4f}"]
+    for task, score in row["tasks"].items():
+        found += [f"{task} {metric['value']:.3f}" for kind, metric in score["metrics"].items() if kind == "acc"]
+    found.append(f"recall {sum(result['accuracy'] for result in row['recall']) / len(row['recall']):.3f}")
+    return "  ".join([name, *found, f"{row['seconds']:.0f} + {row['evaluation_seconds']:.0f} s"])
 
 
 def this_commit() -> str | None:

@@ -178,7 +178,7 @@ def _main_table(arms: Sequence[Arm]) -> str:
         spread = "" if loss.std is None else f" ({loss.low:.4f}–{loss.high:.4f})"
         cells = [f"`{arm.design}`", format_bytes_per_token(arm.kv_bytes), f"{row['parameters'] / 1e6:.2f} M"]
         cells += [f"{arm.rate:g}", str(len(arm.rows)), f"{loss.mean:.4f}{spread}"]
-        cells += [f"±{row['validation']['standard_error']:.3f}", f"{math.exp(loss.mean):.2f}"]
+        cells += [_plus_minus(row["validation"]["standard_error"], 3), f"{math.exp(loss.mean):.2f}"]
         rows.append([*cells, f"{arm.mean('validation', 'bits_per_byte'):.4f}"])
     heads = ["design", "KV bytes per token", "parameters", "rate", "seeds", "held-out loss: mean (range)"]
     return _table([*heads, "s.e. over documents", "perplexity", "bits per byte"], rows)
@@ -224,7 +224,7 @@ def _tasks_table(arms: Sequence[Arm]) -> str:
             value = arm.mean("tasks", task, "metrics", name, "value")
             error = arm.first["tasks"][task]["metrics"][name]["standard_error"]
             digits = 1 if value > 10 else 3
-            cells.append(f"{value:.{digits}f} ±{error:.{digits}f}")
+            cells.append(f"{value:.{digits}f} {_plus_minus(error, digits)}")
         rows.append(cells)
     heads = [f"{task} {name}" + (f" (chance {c:.2f})" if c else "") for (task, name), c in columns.items()]
     return _table(["design", *heads], rows)
@@ -254,6 +254,10 @@ def _rates_table(arms: Sequence[Arm]) -> str:
         [f"`{arm.design}`", *(f"{arm.tried[rate]:.4f}" if rate in arm.tried else "" for rate in rates)] for arm in arms
     ]
     return _table(["held-out loss of the first seed at rate", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _plus_minus(error: float | None, digits: int) -> str:
+    return "" if error is None else f"±{error:.{digits}f}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
