@@ -151,7 +151,8 @@ def _log_probs(items: Sequence[Item], on: Evaluation) -> list[np.ndarray]:
 
 
 def _score_wikitext(on: Evaluation) -> TaskScore:
-    """Each article by itself, after an end-of-text token, in windows of the model's context that do not overlap.
+    """Each article by itself, after an end-of-text token, in parts as long as the model's context. A part sees one
+    token of the part before; the last one, if it is shorter, as many as fit.
 
     The text that is scored is detokenised; words are those of the file, as is usual, and bytes those of the text that
     is scored.
@@ -159,14 +160,15 @@ def _score_wikitext(on: Evaluation) -> TaskScore:
     articles = evenly(read_wikitext(on.folder), on.items)
     texts = [detokenise(article) for article in articles]
     documents = [[on.tokenizer.eos_id, *ids] for ids in on.tokenizer.encode_batch(texts)]
-    windows = [
-        (number, ids[start : start + on.context + 1])
-        for number, ids in enumerate(documents)
-        for start in range(0, len(ids) - 1, on.context)
-    ]
-    scored = on.score([Request(ids, 1) for _, ids in windows])
+    requests, numbers = [], []
+    for number, ids in enumerate(documents):
+        for start in range(1, len(ids), on.context):
+            stop = min(start + on.context, len(ids))
+            first = max(0, stop - on.context - 1)
+            requests.append(Request(ids[first:stop], start - first))
+            numbers.append(number)
     losses = np.zeros(len(articles))
-    for (number, _), result in zip(windows, scored, strict=True):
+    for number, result in zip(numbers, on.score(requests), strict=True):
         losses[number] -= result.log_probs.sum()
 
     def per(sizes: list[int]) -> tuple[float, float | None]:
