@@ -34,7 +34,9 @@ class Sample:
 class CompareConfig:
     """A comparison. Every design is applied to the shape in `model` and trained with the recipe in `train`, once for
     each seed; a seed stands for a data order and for initial weights, which designs share wherever they have the same
-    matrices. `learning_rates` holds the rates of designs that are to have one of their own.
+    matrices. `learning_rates` holds the rates of designs that are to have one of their own. `overrides` holds model
+    settings of single designs, laid over `model`; with `design` among them, the entry of `designs` is a name of its
+    own, so that one design can be compared with itself in another shape.
 
     A design that cannot be built is no error here: it is reported with the results of the others.
 
@@ -49,6 +51,7 @@ class CompareConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: Recipe = field(default_factory=Recipe)
     learning_rates: dict[str, float] = field(default_factory=dict)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     sample: Sample | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +66,7 @@ class CompareConfig:
             if seed < 0 or self.seeds.count(seed) > 1:
                 raise UserError(f"seeds must be different whole numbers from 0 up, got {list(self.seeds)}")
         named = {f"learning_rates.{design}": design for design in self.learning_rates}
+        named |= {f"overrides.{design}": design for design in self.overrides}
         if self.sample:
             named["sample.design"] = self.sample.design
         for key, design in named.items():
@@ -75,6 +79,12 @@ class CompareConfig:
         TrainConfig(self.model, self.data, self.train)
         for design in self.learning_rates:
             self._recipe(design, self.seeds[0])
+        for design, changes in self.overrides.items():
+            shape = {key: value for key, value in changes.items() if key != "design"}
+            try:
+                TrainConfig({**self.model, **shape}, self.data, self.train)
+            except UserError as error:
+                raise UserError(f"overrides.{design}: {error}") from None
 
     def _recipe(self, design: str, seed: int) -> Recipe:
         rate = self.learning_rates.get(design, self.train.learning_rate)
@@ -86,7 +96,8 @@ class CompareConfig:
         Raises:
             UserError: the design cannot be applied to the shape.
         """
-        return TrainConfig({**self.model, "design": design}, self.data, self._recipe(design, seed))
+        model = {**self.model, "design": design, **self.overrides.get(design, {})}
+        return TrainConfig(model, self.data, self._recipe(design, seed))
 
 
 def design_folder(design: str) -> str:

@@ -35,8 +35,8 @@ SMOOTHING = 0.04  # of the run, on either side
 
 def draw_pareto(results: Results) -> Figure:
     """Held-out loss against KV bytes per token: for each design the mean over seeds, their range, and every seed."""
-    figure, (axes,) = _figure(7.2, 4.2, 1)
-    xs = _apart([shape.allocated_kv_bytes_per_token for _, shape, _ in results.finished])
+    figure, (axes,) = make_figure(7.2, 4.2, 1)
+    xs = move_apart([shape.allocated_kv_bytes_per_token for _, shape, _ in results.finished])
     labels = []
     for x, (design, _, summary) in zip(xs, results.finished, strict=True):
         style = _style(results, design)
@@ -48,20 +48,20 @@ def draw_pareto(results: Results) -> Figure:
         if (difference := results.to_first(text)) is not None:
             text += f"\n{format_difference(difference)}" + ("" if difference.resolved else "\nnot resolved")
         labels.append((x, loss, text, colour))
-    _bytes_axis(axes, sorted({shape.allocated_kv_bytes_per_token for _, shape, _ in results.finished}))
+    bytes_axis(axes, sorted({shape.allocated_kv_bytes_per_token for _, shape, _ in results.finished}))
     axes.margins(y=0.2)
     axes.set_xlabel(f"KV cache, bytes per token ({results.cache_dtype})")
     axes.set_ylabel("held-out loss, nats per token")
     first = results.designs[0].design
     axes.set_title(f"mean, range and each seed; numbers: difference to {first}", fontsize=10, loc="left")
-    _place_labels(figure, axes, labels)
+    place_labels(figure, axes, labels)
     return figure
 
 
 def draw_curves(results: Results) -> Figure:
     """Left, training loss (smoothed lines) and held-out loss (points), means over seeds; right, how far the held-out
     loss is from the first design's at the same seed, mean and range."""
-    figure, (left, right) = _figure(9.6, 3.8, 2)
+    figure, (left, right) = make_figure(9.6, 3.8, 2)
     first = {run.seed: run.curve for run in results.designs[0].runs}
     tops, bottoms = [], []
     for design, _, _ in results.finished:
@@ -92,7 +92,8 @@ def draw_curves(results: Results) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axes]]:
+def make_figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` x `height` inches, and its panels side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,7 +119,7 @@ def _style(results: Results, design: DesignResult) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def _apart(values: Sequence[float]) -> list[float]:
+def move_apart(values: Sequence[float]) -> list[float]:
     """Equal values moved a little apart, so that what stands there can be told apart."""
     places = []
     for number, value in enumerate(values):
@@ -127,7 +128,7 @@ def _apart(values: Sequence[float]) -> list[float]:
     return places
 
 
-def _bytes_axis(axes: Axes, values: Sequence[float]) -> None:
+def bytes_axis(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic x axis with room for labels on both sides, and a tick at each value that has room for its own."""
     room = (values[-1] / values[0]) ** 0.35 * 1.2
     left, right = values[0] / room, values[-1] * room
@@ -141,7 +142,7 @@ def _bytes_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, Spread, str, str]]) -> None:
+def place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, Spread, str, str]]) -> None:
     """Write each label (x, loss, text, colour) by its mean, in the first place where it covers nothing."""
     from matplotlib.transforms import Bbox
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import fill
 
 from crosslayer.compare.results import Continuation, DesignResult, Results
-from crosslayer.compare.statistics import UNRESOLVED, Difference, Spread
+from crosslayer.compare.statistics import UNRESOLVED, Difference, Noise, Spread
 from crosslayer.train.metrics import clock
 
 NONE = "–"
@@ -70,7 +70,7 @@ def format_table(results: Results) -> str:
         lines.append("  ".join(aligned).rstrip())
     width = sum(widths) + 2 * len(widths) - 2
     lines.insert(2, "-" * width)
-    notes = [describe_figures(results), *describe_noise(results), *describe_failures(results)]
+    notes = [describe_figures(results), *describe_noise(results.noise), *describe_failures(results)]
     return "\n".join([*lines, "", *(fill(note, width) for note in notes)])
 
 
@@ -109,9 +109,8 @@ def describe_sample(results: Results, sample: Continuation) -> str:
     return text + "."
 
 
-def describe_noise(results: Results) -> list[str]:
+def describe_noise(noise: Noise | None) -> list[str]:
     """How much of a difference is noise, a sentence an item."""
-    noise = results.noise
     if noise is None:
         return [f"Seed noise cannot be told from one seed, so every difference is {UNRESOLVED}."]
     text = f"Seed noise: over seeds, the loss of one design has a standard deviation of {noise.seed_std:.4f}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crosslayer.data import TokenStream
 from crosslayer.errors import UserError
+from crosslayer.evaluate.likelihood import Request, score_requests
 from crosslayer.model import Transformer
 
 
@@ -103,6 +104,24 @@ def score(
         total_loss = total.item()
     model.train(was_training)
     return Score(total_loss, tokens, num_bytes)
+
+
+def document_losses(
+    model: Transformer, stream: TokenStream, *, sequence_length: int, eos_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss in nats and number of tokens of each document of a stream, float64 and int64 [documents], every token scored
+    as `score` does it in disjoint windows. A document's end-of-text token is its last. Their `ratio_and_error` is the
+    mean loss, and how far it may be from that of all such documents.
+    """
+    limit = len(stream) - 1
+    starts = range(0, limit, sequence_length)
+    windows = (stream.read(start, min(start + sequence_length, limit) + 1).tolist() for start in starts)
+    scored = score_requests(model, [Request(window, 1) for window in windows])
+    losses = -np.concatenate([result.log_probs for result in scored])
+    ended = stream.read(0, limit + 1) == eos_id
+    # The first token is read and never scored; it counts for nothing.
+    documents = (np.cumsum(ended) - ended)[1:]
+    return np.bincount(documents, weights=losses), np.bincount(documents)
 
 
 def _batches(

@@ -8,6 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crosslayer import checkpoint
 from crosslayer.checkpoint.state import Checkpoints
 from crosslayer.data import PreparedData, TrainBatches
@@ -90,6 +92,8 @@ class _Run:
         self.config, self.recipe, self.data, self.out, self.label = config, config.train, data, out, label
         self.processes = processes
         recipe, tokenizer = self.recipe, data.tokenizer
+        # Compiled blocks of earlier runs count towards PyTorch's limit, beyond which blocks silently run uncompiled.
+        torch.compiler.reset()
         model_config = config.model_config(tokenizer)
         self.device = processes.device
         self.model = Transformer(model_config, seed=recipe.seed)

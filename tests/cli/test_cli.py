@@ -63,6 +63,34 @@ def test_train_then_generate_then_evaluate(trained: Path, capsys: pytest.Capture
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_evaluate_scores_task_sets(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tasks = str(trained / "run" / "model"), trained / "tasks"
+    (tasks / "blimp" / "data").mkdir(parents=True)
+    pairs = [{"sentence_good": f"{n} cats", "sentence_bad": f"{n} mats", "UID": "x"} for n in range(6)]
+    (tasks / "blimp" / "data" / "x.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    command = ["evaluate", model, "--tasks", "blimp", "--task-data", str(tasks), "--task-items", "4"]
+    file = trained / "tasks.json"
+    assert main([*command, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    acc = record["tasks"]["blimp"]["metrics"]["acc"]
+    assert record["tasks"]["blimp"]["items"] == 4
+    assert "loss" not in record  # of text, which is scored where it is asked for
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split() == ["blimp", "acc", f"{acc['value']:.4f}", f"±{acc['standard_error']:.4f}", "0.5000", "4"]
+
+    assert main([*command, "--text", str(trained / "text" / "1.txt"), "--json"]) == 0
+    assert {"loss", "tasks"} < json.loads(capsys.readouterr().out).keys()
+    for arguments, message in {
+        ("--tasks", "blimp"): "--task-data DIR go together",
+        ("--task-data", str(tasks)): "--task-data DIR go together",
+        ("--tasks", "blimpp", "--task-data", str(tasks)): "unknown task 'blimpp'",
+        ("--tasks", "blimp", "--task-data", str(tasks), "--task-items", "0"): "--task-items must be positive, got 0",
+        ("--recall",): "recall needs rows of at least 64",  # the model's context is 16
+    }.items():
+        assert main(["evaluate", model, *arguments]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_batch_of_prompts_equals_each_alone(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, prompts = str(trained / "run" / "model"), ["3 cats", "11 cats sat on", "and"]
     (trained / "prompts.txt").write_text("\n".join(prompts))
@@ -324,8 +352,9 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def test_the_configs_that_we_ship_can_be_read() -> None:
-    configs = sorted((ROOT / "configs").glob("**/*.yaml"))
+    configs = sorted((ROOT / "configs").glob("*.yaml"))
     assert configs
     for file in configs:
         load_settings(TrainConfig, file)
     assert load_settings(CompareConfig, DEFAULT).designs == ("H32-MQA", "H32-MQA-CLA2", "H16-MQA")
+    assert "H128-MQA-CLA2" in load_settings(CompareConfig, ROOT / "configs" / "study" / "compare.yaml").designs

@@ -50,6 +50,19 @@ def test_a_run_has_its_design_seed_and_rate_and_the_common_recipe() -> None:
     assert from_mapping(CompareConfig, to_mapping(config)) == config
 
 
+def test_a_design_may_be_compared_with_itself_in_another_shape() -> None:
+    data = {
+        "model": MODEL,
+        "designs": ["CLA2", "wide", "MQA"],
+        "overrides": {"wide": {"design": "CLA2", "intermediate_size": 72}, "MQA": {"qk_norm": True}},
+    }
+    config = from_mapping(CompareConfig, data)
+    assert config.training("CLA2", 0).model == {**MODEL, "design": "CLA2"}
+    assert config.training("wide", 0).model == {**MODEL, "design": "CLA2", "intermediate_size": 72}
+    assert config.training("MQA", 0).model == {**MODEL, "design": "MQA", "qk_norm": True}
+    assert from_mapping(CompareConfig, to_mapping(config)) == config
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -61,6 +74,8 @@ def test_a_run_has_its_design_seed_and_rate_and_the_common_recipe() -> None:
         ({"seeds": [-1]}, "different whole numbers"),
         ({"learning_rates": {"H4-MQA": 1e-3}}, "learning_rates.H4-MQA"),
         ({"learning_rates": {"MQA": -1.0}}, "learning_rate must be positive"),
+        ({"overrides": {"CLA3": {"design": "CLA2"}}}, "overrides.CLA3: 'CLA3' is not compared"),
+        ({"overrides": {"CLA2": {"hidden_sise": 3}}}, "overrides.CLA2: .*did you mean model.hidden_size"),
         ({"sample": {"design": "CLA3", "prompt": "x"}}, "sample.design"),
         ({"sample": {"design": "CLA2", "prompt": ""}}, "prompt"),
         ({"sample": {"design": "CLA2", "prompt": "x", "sampling": {"max_tokens": 0}}}, "sample.sampling: max_tokens"),

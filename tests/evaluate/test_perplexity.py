@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from crosslayer.data import Tokenizer, TokenStream
 from crosslayer.errors import UserError
 from crosslayer.evaluate import Score, score
+from crosslayer.evaluate.perplexity import document_losses
 from crosslayer.model import Transformer
 from tests.conftest import tiny_config
 from tests.model.checks import random_model
@@ -141,3 +143,17 @@ def test_mistakes() -> None:
     for stride in (0, -1, 9):
         with pytest.raises(UserError, match=f"stride must lie between 1 and the window length 8, got {stride}"):
             score(model, stream(), sequence_length=8, stride=stride)
+
+
+def test_losses_by_document_add_up_to_the_score() -> None:
+    """And are those of each document's own tokens, its end-of-text token included."""
+    model, text = shared_model("cla3"), stream()
+    ids = text.read(0, len(text)).tolist()
+    losses, tokens = document_losses(model, text, sequence_length=8, eos_id=tokenizer().eos_id)
+    whole = score(model, text, sequence_length=8)
+    assert losses.sum() == pytest.approx(whole.total_loss, rel=1e-9)
+    assert tokens.sum() == whole.tokens
+    assert tokens.tolist() == [len(tokenizer().encode(item)) + 1 - (number == 0) for number, item in enumerate(TEXTS)]
+    ends = [place for place, token in enumerate(ids) if token == tokenizer().eos_id]
+    totals = [0.0, *(naive(model, ids, 8, 8, end, None) for end in ends)]
+    assert losses == pytest.approx([b - a for a, b in pairwise(totals)], rel=1e-6)

@@ -1,0 +1,79 @@
+"""The study's Pareto plot: held-out loss against KV bytes per token, ours next to the paper's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from crosslayer.compare.plots import COLOURS, bytes_axis, make_figure, move_apart, place_labels
+from crosslayer.compare.statistics import Spread
+
+# KV bytes per token, loss, design.
+Point = tuple[int | float, Spread, str]
+
+# The paper's table 1 (arXiv 2405.12981): KV bytes per token and validation perplexity at 1B, 30B tokens, one seed.
+PAPER = {
+    "H128-MHA": (163840, 13.15),
+    "H128-GQA4": (40960, 13.36),
+    "H128-GQA2": (20480, 13.52),
+    "H128-MQA": (10240, 13.54),
+    "H64-MQA": (5120, 13.81),
+    "H46-MQA": (3680, 13.96),
+    "H32-MQA": (2560, 14.37),
+    "H512-MQA-CLA2": (20480, 13.49),
+    "H256-MQA-CLA2": (10240, 13.51),
+    "H128-MQA-CLA2": (5120, 13.60),
+    "H90-MQA-CLA2": (3600, 13.73),
+    "H64-MQA-CLA2": (2560, 13.89),
+    "H256-GQA4-CLA2": (40960, 13.38),
+    "H128-GQA4-CLA2": (20480, 13.48),
+    "H128-GQA2-CLA2": (10240, 13.59),
+    "H128-MQA-CLA3": (3584, 13.77),
+    "H128-MQA-CLA4": (2560, 13.95),
+    "H128-MQA-CLA2-KeepEnds": (5632, 13.62),
+    "H128-MQA-CLA2-DenseFront": (5632, 13.75),
+    "H128-MQA-CLA2-DenseBack": (5632, 14.03),
+}
+
+KINDS = dict(zip(("no sharing", "CLA2", "other sharing"), COLOURS, strict=False))
+
+
+def draw(points: Sequence[Point], title: str) -> Figure:
+    """Losses in nats per token, with their range over seeds; a line joins the best points of each kind of sharing. The
+    paper's are natural logarithms of its perplexities, and have no range: it reports one run each."""
+    figure, (left, right) = make_figure(14, 6, 2)
+    _draw_panel(figure, left, points, title)
+    paper: list[Point] = [(count, Spread.of([math.log(ppl)]), design) for design, (count, ppl) in PAPER.items()]
+    _draw_panel(figure, right, paper, "arXiv 2405.12981, table 1: 1B parameters, 30B tokens, one run each")
+    return figure
+
+
+def _draw_panel(figure: Figure, axes: Axes, points: Sequence[Point], title: str) -> None:
+    points = sorted(points, key=lambda point: point[0])
+    xs = move_apart([count for count, _, _ in points])
+    for kind, colour in KINDS.items():
+        own = [(x, loss) for x, (_, loss, design) in zip(xs, points, strict=True) if kind_of(design) == kind]
+        best = [(x, loss.mean) for i, (x, loss) in enumerate(own) if all(loss.mean < o.mean for _, o in own[:i])]
+        axes.plot([x for x, _ in best], [mean for _, mean in best], color=colour, linewidth=1, alpha=0.5)
+        axes.vlines([x for x, _ in own], [o.low for _, o in own], [o.high for _, o in own], color=colour, linewidth=1.5)
+        axes.plot([x for x, _ in own], [o.mean for _, o in own], "o", color=colour, markersize=5, label=kind)
+    bytes_axis(axes, sorted({count for count, _, _ in points}))
+    axes.margins(y=0.15)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("KV cache, bytes per token (bf16)")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+    labels = [(x, loss, design, KINDS[kind_of(design)]) for x, (_, loss, design) in zip(xs, points, strict=True)]
+    place_labels(figure, axes, labels)
+
+
+def kind_of(design: str) -> str:
+    """The kind of sharing (a key of KINDS) of one of the study's designs."""
+    plan = design.removesuffix("-wide").split("-")[-1]
+    if plan == "CLA2":
+        return plan
+    return "no sharing" if plan in ("MHA", "MQA") or plan.startswith("GQA") else "other sharing"

@@ -1,0 +1,244 @@
+"""The study's driver on a micro model and the embedded corpus, and its report on those runs and on made-up ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import study
+from benchmarks.study_plot import PAPER, draw, kind_of
+from benchmarks.study_report import QUESTIONS, gather, render
+from crosslayer import checkpoint
+from crosslayer.compare import CompareConfig
+from crosslayer.data import prepare
+from crosslayer.errors import UserError
+from crosslayer.evaluate import score, score_recall
+from crosslayer.plan import ModelConfig, parse_design
+from crosslayer.plan.cost import kv_bytes, num_parameters
+from crosslayer.settings import load_settings
+from crosslayer.train import make_model_config
+
+CONFIG = {
+    "designs": ["H16-MQA", "H16-MQA-CLA2", "H16-MQA-CLA2-wide"],
+    "seeds": [0, 1],
+    "overrides": {"H16-MQA-CLA2-wide": {"design": "H16-MQA-CLA2", "intermediate_size": 56}},
+    "model": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2},
+    "data": {"source": "stdlib", "vocab_size": 1024, "max_bytes": 200_000, "valid_fraction": 0.3},
+    "train": {"tokens": 512, "sequence_length": 128, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 0},
+}
+STAGES = {
+    "stages": {
+        "noise": {"designs": ["H16-MQA", "H16-MQA-CLA2"], "seeds": [0, 1]},
+        "tune": {"designs": ["H16-MQA-CLA2"], "seeds": [0], "tune": True},
+        "control": {"designs": ["H16-MQA-CLA2-wide"], "seeds": [0]},
+    }
+}
+
+
+class Place:
+    """A folder with a config, stages, a task set, and results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.results = folder, folder / "study.jsonl"
+        self.config, self.stages = folder / "compare.yaml", folder / "stages.yaml"
+        self.config.write_text(yaml.safe_dump(CONFIG))
+        self.stages.write_text(yaml.safe_dump(STAGES, sort_keys=False))
+        tasks = folder / "tasks" / "blimp" / "data"
+        tasks.mkdir(parents=True)
+        pairs = [{"sentence_good": f"They see {n}.", "sentence_bad": f"They sees {n}.", "UID": "x"} for n in range(5)]
+        (tasks / "x.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+
+    def run(self, *arguments: str) -> list[dict[str, Any]]:
+        fixed = {
+            "config": self.config,
+            "stages-file": self.stages,
+            "results": self.results,
+            "runs": self.folder / "runs",
+        }
+        fixed |= {"task-data": self.folder / "tasks", "tasks": "blimp", "task-items": 3, "commit": "abc"}
+        study.main([*arguments, *(f"--{name}={value}" for name, value in fixed.items())])
+        return study.read_rows(self.results)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROSSLAYER_CACHE", str(folder / "cache"))
+        yield Place(folder)
+
+
+@pytest.fixture(scope="module")
+def rows(place: Place) -> list[dict[str, Any]]:
+    return place.run("noise", "control")
+
+
+def test_a_row_holds_what_the_saved_model_scores(place: Place, rows: list[dict[str, Any]]) -> None:
+    assert [(row["design"], row["seed"]) for row in rows] == [
+        ("H16-MQA", 0),
+        ("H16-MQA-CLA2", 0),
+        ("H16-MQA", 1),
+        ("H16-MQA-CLA2", 1),
+        ("H16-MQA-CLA2-wide", 0),
+    ]
+    config = load_settings(CompareConfig, place.config)
+    data = prepare(config.data)
+    row = rows[1]
+    (folder,) = (place.folder / "runs").glob("H16-MQA-CLA2-seed-0-rate-0.01-*")
+    model = checkpoint.load(folder / "model")
+    held_out = score(model, data.valid, sequence_length=128)
+    assert row["validation"]["loss"] == pytest.approx(held_out.loss, rel=1e-5)
+    assert 0 < row["validation"]["standard_error"] < 1
+    assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert row["kv_bytes_per_token"] == 2 * 2 * 16 * 2  # two owners, keys and values, two bytes
+    assert [result["accuracy"] for result in row["recall"]] == [r.accuracy for r in score_recall(model, data.tokenizer)]
+    assert row["tasks"]["blimp"]["items"] == 3
+    assert (row["tokens"], row["learning_rate"], row["commit"]) == (512, 0.01, "abc")
+    assert row["settings"]["model"]["design"] == "H16-MQA-CLA2"
+    assert rows[4]["settings"]["model"]["intermediate_size"] == 56
+    assert row["environment"]["torch"]
+
+
+def test_nothing_is_run_twice_and_the_clock_is_heeded(
+    place: Place, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings that do not change what comes out do not make another run."""
+
+    def no_training(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("trained")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "train", no_training)
+        assert place.run("control", "noise", "train.log_every=3", "--minutes=0") == rows
+        assert "out of time" not in capsys.readouterr().err
+    assert place.run("control", "train.clip=0.5", "--minutes=-1") == rows
+    assert "out of time" in capsys.readouterr().err
+
+
+def test_tuning_goes_up_until_the_loss_is_no_lower(
+    place: Place, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes a run that diverges for one that is no better; the first rate is in the results already."""
+    losses = {0.015: 1.0, 0.0225: 0.5, 0.03375: 0.5}
+
+    def made_up(self: study.Study, design: str, training: Any) -> dict[str, Any]:
+        loss = losses[training.train.learning_rate]
+        return {**{k: rows[1][k] for k in ("tasks", "recall", "seconds", "evaluation_seconds")}} | {
+            "validation": {**rows[1]["validation"], "loss": loss}
+        }
+
+    before = place.results.read_text()
+    monkeypatch.setattr(study.Study, "_result", made_up)
+    assert [row["learning_rate"] for row in place.run("tune")[len(rows) :]] == [0.015, 0.0225, 0.03375]
+    place.results.write_text(before)
+    monkeypatch.setattr(study.Study, "_result", lambda *_: {"error": "step 3: the loss is nan"})
+    found = place.run("tune")[len(rows) :]
+    assert [(row["learning_rate"], row["error"]) for row in found] == [(0.015, "step 3: the loss is nan")]
+    place.results.write_text(before)
+
+
+def test_mistakes(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in {
+        ("nois",): "no stage 'nois'; stages: noise, tune, control",
+        ("noise", "designs=[H16-MQA]", "overrides={}"): "stage noise: 'H16-MQA-CLA2' is not among the designs",
+        ("noise", "train.tokens=1"): "tokens",
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            place.run(*arguments)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_report_of_those_runs(place: Place, rows: list[dict[str, Any]]) -> None:
+    config = load_settings(CompareConfig, place.config)
+    assert render(gather(config, []), []) == "No runs yet."
+    other = json.loads(json.dumps(rows[0]))
+    other["settings"]["train"]["tokens"] = 1024
+    other["validation"]["loss"] = -1.0
+    better = json.loads(json.dumps(rows[0]))
+    better["learning_rate"] = better["settings"]["train"]["learning_rate"] = 0.02
+    better["validation"]["loss"] -= 0.5
+    failed = {key: value for key, value in better.items() if key != "validation"} | {"error": "the loss is nan"}
+    arms = gather(config, [*rows, other, better, failed])
+    assert [(arm.design, arm.rate, list(arm.rows)) for arm in arms] == [
+        ("H16-MQA", 0.02, [0]),
+        ("H16-MQA-CLA2", 0.01, [0, 1]),
+        ("H16-MQA-CLA2-wide", 0.01, [0]),
+    ]
+    assert arms[0].tried == {0.01: rows[0]["validation"]["loss"], 0.02: better["validation"]["loss"]}
+    text = render(arms, [*rows, better, failed])
+    assert "6 runs, 0.00 billion tokens of the crosslayer study corpus 2026-11" in text
+    assert "1 more did not finish" in text
+    assert f"| `H16-MQA` | 256 | {rows[0]['parameters'] / 1e6:.2f} M | 0.02 | 1 |" in text
+    mean = (rows[1]["validation"]["loss"] + rows[3]["validation"]["loss"]) / 2
+    assert f"| 0.01 | 2 | {mean:.4f} (" in text
+    assert "blimp acc (chance 0.50)" in text
+    rows[0]["settings"]["data"], kept = "other", rows[0]["settings"]["data"]
+    with pytest.raises(UserError, match="runs on different data"):
+        gather(config, rows)
+    rows[0]["settings"]["data"] = kept
+
+
+# -- the study itself -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict[str, ModelConfig]:
+    """The models of the study's designs."""
+    config = load_settings(CompareConfig, study.CONFIG)
+    return {
+        design: make_model_config(
+            config.training(design, 0).model, vocab_size=16384, eos_token_id=0, context=config.train.sequence_length
+        )
+        for design in config.designs
+    }
+
+
+def test_the_stages_cover_the_study(shapes: dict[str, ModelConfig]) -> None:
+    stages = load_settings(study.Plan, study.STAGES).stages
+    assert {design for stage in stages.values() for design in stage.designs} == set(shapes)
+
+
+def test_pairs_of_equal_cache_and_of_equal_parameters_are_that(shapes: dict[str, ModelConfig]) -> None:
+    cache = {design: kv_bytes(config, 1024) for design, config in shapes.items()}
+    parameters = {design: num_parameters(config) for design, config in shapes.items()}
+    seen = set()
+    for question, pairs in QUESTIONS.items():
+        for design, reference in pairs:
+            ratio = cache[design] / cache[reference]
+            if "qual cache" in question or "same cache" in question:
+                assert ratio == pytest.approx(1, abs=1e-3)
+            if "Half the cache" in question:
+                assert ratio == 0.5
+            if "sixth more" in question:
+                assert ratio == pytest.approx(7 / 6)
+            if "equal parameters" in question:
+                assert parameters[design] == pytest.approx(parameters[reference], rel=2e-3)
+            seen.add(question)
+    assert seen == set(QUESTIONS)
+    assert parameters["H128-MQA-CLA2-wide"] == pytest.approx(parameters["H128-MQA"], rel=1e-3)
+
+
+def test_the_papers_points_have_the_bytes_of_their_designs() -> None:
+    """20 layers of width 2048: names and bytes of table 1 belong together."""
+    base = ModelConfig(50304, 2048, 5472, num_hidden_layers=20, num_attention_heads=16, head_dim=128)
+    assert {name: kv_bytes(parse_design(name, base), 1) for name in PAPER} == {
+        n: count for n, (count, _) in PAPER.items()
+    }
+
+
+def test_the_plot_shows_both_panels(place: Place, rows: list[dict[str, Any]]) -> None:
+    arms = gather(load_settings(CompareConfig, place.config), rows)
+    left, right = draw([(arm.kv_bytes, arm.loss, arm.design) for arm in arms], "here").axes
+    assert {text.get_text() for text in left.texts} == set(CONFIG["designs"])
+    assert {text.get_text() for text in right.texts} == set(PAPER)
+    assert {design: kind_of(design) for design in ("H128-GQA2", "H64-MQA-CLA2-wide", "H128-GQA2-yoco:window=341")} == {
+        "H128-GQA2": "no sharing",
+        "H64-MQA-CLA2-wide": "CLA2",
+        "H128-GQA2-yoco:window=341": "other sharing",
+    }
