@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="score the held-out part of the data of this config for training (default: of the embedded corpus)",
     )
-    parser.add_argument("--window", type=int, metavar="N", help="tokens a window (default: the model's context)")
+    parser.add_argument(
+        "--window", type=int, metavar="N", help="tokens a window, or a row of recall (default: the context)"
+    )
     parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens from window to window; less than --window gives more context"
     )
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--task-data", metavar="DIR", help="folder with the files of the task sets")
     parser.add_argument("--task-items", type=int, metavar="N", help="N items of each set, evenly spaced (default: all)")
-    parser.add_argument("--recall", action="store_true", help="recall of words seen up to a whole context before")
+    parser.add_argument("--recall", action="store_true", help="recall of words that stood up to a whole window before")
     add_device_argument(parser)
     add_json_argument(parser)
 
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.tasks:
             _add_tasks(arguments, model, tokenizer, record, parts)
         if arguments.recall:
-            _add_recall(model, tokenizer, record, parts)
+            _add_recall(arguments, model, tokenizer, record, parts)
     if arguments.json:
         write_json_output(arguments.json, {**record, "environment": describe_environment()})
     if arguments.json != "-":
@@ -128,12 +130,16 @@ def _add_tasks(
     parts.append(format_tasks(scores))
 
 
-def _add_recall(model: Transformer, tokenizer: Tokenizer, record: dict[str, Any], parts: list[str]) -> None:
+def _add_recall(
+    arguments: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, record: dict[str, Any], parts: list[str]
+) -> None:
     from crosslayer.evaluate import score_recall
     from crosslayer.train.metrics import ProgressLine
 
+    length = arguments.window or model.config.max_position_embeddings
     with closing(ProgressLine("evaluate")) as line:
-        results = score_recall(model, tokenizer, progress=_progress(line, "rows of recall"))
+        show = _progress(line, "rows of recall")
+        results = score_recall(model, tokenizer, lengths=(length, length // 2), progress=show)
     record["recall"] = [asdict(result) for result in results]
     parts.append(format_recall(results))
 

@@ -347,3 +347,14 @@ def test_command(
     assert printed["config"]["seeds"] == [7]
     assert printed["tokens"] == 64
     assert "seeds=[7]" in printed["command"]
+
+
+@pytest.mark.slow
+def test_every_design_is_compiled_however_many_there_are(workplace: Path, tmp_path: Path) -> None:
+    """The limit set here is enough for either design, in training and in scoring, and not for both."""
+    import torch
+
+    config = micro(workplace, seeds=[0], designs=["CLA2", "H4-MQA-CLA2"])
+    config = replace(config, train=replace(config.train, compile=True, tokens=64, device="cpu"))
+    with torch._dynamo.config.patch(recompile_limit=10, fail_on_recompile_limit_hit=True):
+        assert not compare(config, tmp_path / "out").failures
