@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from crosslayer import checkpoint
 from crosslayer.compare import CompareConfig
 from crosslayer.compare.config import design_folder
@@ -117,7 +115,6 @@ class Study:
         recipe = training.train
         name = f"{design_folder(design)}-seed-{recipe.seed}-rate-{recipe.learning_rate:g}"
         folder = self.arguments.runs / f"{name}-{short_hash(comparable(training))}"
-        torch.compiler.reset()  # see crosslayer.compare.run
         try:
             trained = train(training, self.data, folder, label=name)
         except UserError as error:

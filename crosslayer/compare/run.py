@@ -102,8 +102,6 @@ def _run_all(config: CompareConfig, data: PreparedData, out: Path) -> list[Run]:
 
 def _run(config: CompareConfig, design: str, seed: int, data: PreparedData, out: Path, label: str) -> Run:
     folder = _folder(design, seed)
-    # Compiled blocks of earlier designs count towards PyTorch's limit, beyond which blocks silently run uncompiled.
-    torch.compiler.reset()
     try:
         result = train(config.training(design, seed), data, out / folder, label=label)
         scores = result["validation"]
