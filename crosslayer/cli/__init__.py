@@ -12,11 +12,18 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from crosslayer.cli import compare, evaluate, generate, plan, train
+from crosslayer.cli import compare, evaluate, generate, plan, serve, train
 from crosslayer.errors import UserError
 from crosslayer.version import __version__
 
-COMMANDS = {"plan": plan, "train": train, "compare": compare, "generate": generate, "evaluate": evaluate}
+COMMANDS = {
+    "plan": plan,
+    "train": train,
+    "compare": compare,
+    "generate": generate,
+    "evaluate": evaluate,
+    "serve": serve,
+}
 
 
 class _Parser(argparse.ArgumentParser):

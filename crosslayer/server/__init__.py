@@ -1,0 +1,6 @@
+"""The OpenAI-compatible HTTP service over the engine."""
+
+from crosslayer.server.app import Service
+from crosslayer.server.chat import ChatTemplate
+
+__all__ = ["ChatTemplate", "Service"]
