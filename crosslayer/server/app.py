@@ -64,7 +64,10 @@ class Service:
             Route("/models", self._models),
             Route("/models/{model:path}", self._model),
         ]
-        description, page = describe_api(api_key is not None), Path(__file__).with_name("page.html").read_text("utf-8")
+        description, page = (
+            describe_api(name, with_key=api_key is not None),
+            Path(__file__).with_name("page.html").read_text("utf-8"),
+        )
 
         async def openapi(_: Request) -> Response:
             return JSONResponse(description)

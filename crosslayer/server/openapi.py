@@ -29,19 +29,25 @@ ANSWERS = (
 )
 
 
-def describe_api(with_key: bool) -> dict[str, Any]:
-    """OpenAPI 3.1; with a security scheme if the server wants a key."""
+def describe_api(model: str, *, with_key: bool) -> dict[str, Any]:
+    """OpenAPI 3.1, for the one model that is served; with a security scheme if the server wants a key."""
     template = "#/components/schemas/{model}"
     _, requests = models_json_schema(
         [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=template
     )
     schemas: dict[str, Any] = dict(requests["$defs"])
+    for schema in schemas.values():
+        optional = schema["properties"].keys() - set(schema.get("required", ()))
+        for name in optional:  # null is the default, whatever the type
+            schema["properties"][name] = {"anyOf": [schema["properties"][name], {"type": "null"}]}
+    for request in (CompletionRequest, ChatRequest):
+        schemas[request.__name__]["properties"]["model"]["const"] = model
     for answer in ANSWERS:
         schema = TypeAdapter(answer).json_schema(ref_template=template)
         schemas |= schema.pop("$defs", {})
         schemas[answer.__name__] = schema
     plain = {"200": {"description": "", "content": {"text/plain": {}}}}
-    model_id = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    model_id = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "const": model}}
     description: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "crosslayer", "version": __version__},
