@@ -34,8 +34,8 @@ class Answer:
     samples: int
     logprobs: bool
     include_usage: bool
-    _completion_tokens: int = 0
-    _cached: dict[int, int] = field(default_factory=dict)  # by prompt
+    _completion_tokens: int = field(default=0, init=False)
+    _cached: dict[int, int] = field(default_factory=dict, init=False)  # by prompt
 
     def __post_init__(self) -> None:
         self._frame = {

@@ -12,8 +12,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 
 from crosslayer.data import Tokenizer
 from crosslayer.engine import Output, TokenLogprobs
-
-FinishReason = Literal["stop", "length", "abort"]
+from crosslayer.engine.request import FinishReason
 
 
 class PromptTokensDetails(TypedDict):

@@ -143,6 +143,19 @@ def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
         process.communicate()
 
 
+def test_the_example_in_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "openai" in block]
+    with serving() as live:
+        exec(block.replace("http://127.0.0.1:8000", live.url), {})
+        printed = capsys.readouterr().out
+        assert "CompletionUsage(completion_tokens=40" in printed
+        assert len(printed) > 100
+        for line in live.call("GET", "/metrics")[1].splitlines():
+            if line.startswith("# TYPE crosslayer_") and not line.split()[2].endswith("_created"):
+                assert f"`{line.split()[2].removeprefix('crosslayer_')}" in text, "a metric that the table lacks"
+
+
 def test_the_description_is_complete() -> None:
     with serving(api_key="sesame") as live:
         description = json.loads(live.call("GET", "/openapi.json")[1])
