@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from crosslayer.engine import Engine
 from crosslayer.plan.cost import kv_bytes
 
-# Seconds. Ten steps per factor of 1000 or so: from a small model on a GPU to a long queue in front of a CPU.
+# Seconds: from a small model on a GPU to a long queue in front of a CPU.
 _FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
@@ -34,7 +34,7 @@ class Metrics:
         self.generated_tokens = Counter("crosslayer_generated_tokens", "Tokens generated.", registry=registry)
         self.first_token = Histogram(
             "crosslayer_time_to_first_token_seconds",
-            "From the arrival of a request to the first token of each sample.",
+            "From when a request was accepted to the first token of each sample.",
             buckets=_FIRST,
             registry=registry,
         )

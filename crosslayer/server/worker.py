@@ -81,9 +81,8 @@ class Worker:
         self.capacity = engine.config.max_running + max_queue
         self.num_samples = 0  # here: queued, running, or aborted and not yet out of the engine
         self._last_step_failed = False
-        self._inbox: SimpleQueue[Request | str | None] = (
-            SimpleQueue()
-        )  # a str aborts that request, None ends the thread
+        # A request to add, the id of one to abort, or None to end the thread.
+        self._inbox: SimpleQueue[Request | str | None] = SimpleQueue()
         self._generations: dict[str, tuple[Generation, int]] = {}  # and the number of the prompt in it, by request
         self._samples: dict[str, int] = {}  # those that have not ended, by request
         self._numbers = itertools.count()
