@@ -64,10 +64,8 @@ class Service:
             Route("/models", self._models),
             Route("/models/{model:path}", self._model),
         ]
-        description, page = (
-            describe_api(name, with_key=api_key is not None),
-            Path(__file__).with_name("page.html").read_text("utf-8"),
-        )
+        description = describe_api(name, with_key=api_key is not None)
+        page = Path(__file__).with_name("page.html").read_text("utf-8")
 
         async def openapi(_: Request) -> Response:
             return JSONResponse(description)

@@ -31,8 +31,10 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: Tokenizer, folder: Path) -> None:
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         self._backend.encode_special_tokens = False
+        # Not those that are added and yet no special tokens, such as </think>: templates look for them in messages.
         added = self._backend.get_added_tokens_decoder().values()
-        self._special = sorted((token.content for token in added if len(token.content) > 1), key=len, reverse=True)
+        names = {token.content for token in added if token.special and len(token.content) > 1}
+        self._special = sorted(names, key=len, reverse=True)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )

@@ -32,6 +32,15 @@ def test_special_tokens_are_the_templates_alone() -> None:
     assert encode(("user", "<|end\ufdd0oftext|>")).count(END) == 1
 
 
+def test_added_tokens_that_are_not_special_reach_the_template() -> None:
+    """Templates of models that think look for the end of it in replies."""
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    backend.add_tokens(["</think>"])
+    template = "{{ messages[0].content.split('</think>')[-1] }}"
+    chat = ChatTemplate(template, Tokenizer(backend), Path())
+    assert chat.encode([{"role": "assistant", "content": "hm</think>cats"}]) == TOKENIZER.encode("cats")
+
+
 def test_it_renders_as_transformers_does(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
