@@ -19,6 +19,7 @@ from crosslayer.server.responses import Choice, Format, Speller, Usage
 from crosslayer.server.worker import EngineFailed, Generation
 
 T = TypeVar("T")
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Answer:
                 if pieces:
                     yield "".join(self._event([piece]) for piece in pieces)
         except EngineFailed:
-            yield f"data: {json.dumps(_failed().body())}\n\n"
+            yield f"data: {_encode(_failed().body())}\n\n"
             return
         if self.include_usage:
             yield self._event([], self._usage())
@@ -85,7 +86,7 @@ class Answer:
         chunk = {**self._frame, "object": self.form.chunk_name, "choices": choices}
         if self.include_usage:
             chunk["usage"] = usage
-        return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        return f"data: {_encode(chunk)}\n\n"
 
     async def _changes(self) -> AsyncIterator[set[int]]:
         """The choices that have gained something."""
