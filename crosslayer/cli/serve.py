@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import socket
 from pathlib import Path
 
@@ -45,9 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     if api_key == "":
         raise UserError("the API key is empty; leave it out where clients need none")
     try:
-        import uvicorn
-
         from crosslayer.server import ChatTemplate, Service
+        from crosslayer.server import run as serve
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: pip install 'crosslayer[serve]'") from None
     from crosslayer.engine import Engine, EngineConfig
@@ -76,12 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"http://{f'[{host}]' if ':' in host else host}:{port}",
         flush=True,
     )
-    settings = uvicorn.Config(
-        service.app, log_level="warning", access_log=False, timeout_graceful_shutdown=arguments.drain
-    )
-    # Uvicorn drains at SIGTERM and then raises it again, for whoever handled it before; here that is the end, status 0.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(settings).run([listener])
+    serve(service, listener, arguments.drain)
 
 
 def _listen(host: str, port: int) -> socket.socket:

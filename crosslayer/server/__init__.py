@@ -2,5 +2,6 @@
 
 from crosslayer.server.app import Service
 from crosslayer.server.chat import ChatTemplate
+from crosslayer.server.run import run
 
-__all__ = ["ChatTemplate", "Service"]
+__all__ = ["ChatTemplate", "Service", "run"]

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from crosslayer.server.errors import ApiError
 from crosslayer.server.responses import Choice, Format, Speller, Usage
-from crosslayer.server.worker import EngineFailed, Generation
+from crosslayer.server.worker import Generation
 
 T = TypeVar("T")
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -50,12 +50,10 @@ class Answer:
         """All at once.
 
         Raises:
-            ApiError: the engine failed.
+            ApiError: the engine failed, or the server is going down.
         """
         try:
             return await _while_connected(request.receive, self._collect()) or Response(status_code=499)
-        except EngineFailed:
-            raise _failed() from None
         finally:
             self.generation.close()
 
@@ -75,8 +73,8 @@ class Answer:
                 pieces = [self.form.piece(index, self._choices[index], self.logprobs) for index in sorted(changed)]
                 if pieces:
                     yield "".join(self._event([piece]) for piece in pieces)
-        except EngineFailed:
-            yield f"data: {_encode(_failed().body())}\n\n"
+        except ApiError as error:  # too late for a status
+            yield f"data: {_encode(error.body())}\n\n"
             return
         if self.include_usage:
             yield self._event([], self._usage())
@@ -125,10 +123,6 @@ class EventStream(StreamingResponse):
             pass  # the connection is gone, and so is the reason to go on
         finally:
             self._generation.close()
-
-
-def _failed() -> ApiError:
-    return ApiError(500, "the engine failed while it computed this request; the server's log says why", code="engine")
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

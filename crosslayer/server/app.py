@@ -30,7 +30,7 @@ from crosslayer.server.metrics import Metrics
 from crosslayer.server.openapi import describe_api
 from crosslayer.server.protocol import ChatRequest, CompletionRequest, describe
 from crosslayer.server.responses import ChatFormat, CompletionFormat, Format, Model, Speller
-from crosslayer.server.worker import Busy, Worker
+from crosslayer.server.worker import Worker
 
 MAX_BODY = 8 * 2**20  # bytes; a million tokens as text or as numbers
 
@@ -137,13 +137,8 @@ class Service:
         params: SamplingParams,
         beginnings: list[str],
     ) -> Response:
-        try:
-            generation = self.worker.submit(prompts, params)
-        except Busy:
-            self.metrics.refused.inc()
-            raise ApiError(429, "the queue is full; try again in a moment", code="queue_full") from None
         answer = Answer(
-            generation,
+            self.worker.submit(prompts, params),
             form,
             self.name,
             self.speller,

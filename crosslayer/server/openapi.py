@@ -19,6 +19,7 @@ PROBLEMS = {
     "415": "The body is not application/json.",
     "429": "The queue is full; try again.",
     "500": "The engine failed.",
+    "503": "The server is shutting down.",
 }
 ANSWERS = (
     responses.Completion,

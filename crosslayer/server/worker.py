@@ -15,17 +15,10 @@ from collections.abc import AsyncIterator, Sequence
 from queue import SimpleQueue
 
 from crosslayer.engine import Engine, Output, Request, SamplingParams
+from crosslayer.server.errors import ApiError
 from crosslayer.server.metrics import Metrics
 
 log = logging.getLogger("crosslayer.server")
-
-
-class Busy(Exception):
-    """There is no place in the queue now."""
-
-
-class EngineFailed(Exception):
-    """The step that a request took part in failed."""
 
 
 class Generation:
@@ -35,7 +28,7 @@ class Generation:
         self._worker, self.ids = worker, ids
         self._num_open = num_samples
         self._batch: list[tuple[int, Output]] = []
-        self._failed = False
+        self._error: ApiError | None = None
         self._ready = asyncio.Event()
         self.last_seen: dict[tuple[int, int], float] = {}  # when a sample last gained a token
         self.started = time.monotonic()
@@ -44,8 +37,8 @@ class Generation:
         self._batch.append((prompt, output))
         self._ready.set()
 
-    def fail(self) -> None:
-        self._failed = True
+    def fail(self, error: ApiError) -> None:
+        self._error = error
         self._ready.set()
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Output]]]:
@@ -53,20 +46,20 @@ class Generation:
         have ended.
 
         Raises:
-            EngineFailed: nothing more will come.
+            ApiError: nothing more will come.
         """
         while self._num_open:
             await self._ready.wait()
             self._ready.clear()
-            if self._failed:
-                raise EngineFailed
+            if self._error is not None:
+                raise self._error
             batch, self._batch = self._batch, []
             self._num_open -= sum(output.finish_reason is not None for _, output in batch)
             yield batch
 
     def close(self) -> None:
         """End what has not ended: its blocks are free before the next step."""
-        if self._num_open and not self._failed:
+        if self._num_open and self._error is None:
             self._worker.abort(self.ids)
 
 
@@ -98,7 +91,7 @@ class Worker:
 
     async def stop(self) -> None:
         """Drop what is still here, and end the thread."""
-        self.abort(list(self._samples))
+        self.drop_all()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -107,14 +100,15 @@ class Worker:
 
         Raises:
             UserError: the engine could not serve one of them even alone.
-            Busy: the queue is full.
+            ApiError: the queue is full.
         """
         requests = [Request(str(next(self._numbers)), tuple(prompt), params) for prompt in prompts]
         for request in requests:
             self.engine.check(request)
         count = params.n * len(requests)
         if self.num_samples + count > self.capacity:
-            raise Busy
+            self.metrics.refused.inc()
+            raise ApiError(429, "the queue is full; try again in a moment", code="queue_full")
         self.num_samples += count
         generation = Generation(self, [request.id for request in requests], count)
         for number, request in enumerate(requests):
@@ -127,6 +121,12 @@ class Worker:
     def abort(self, ids: Sequence[str]) -> None:
         for request_id in ids:
             self._inbox.put(request_id)
+
+    def drop_all(self) -> None:
+        """Give up what is here, because the server is going down."""
+        for generation, _ in self._generations.values():
+            generation.fail(ApiError(503, "the server is shutting down", code="shutdown"))
+        self.abort(list(self._generations))
 
     def _deliver(self, outputs: list[Output], lost: set[str], failed: bool) -> None:
         """Hand on what a step gave out, and tell those whose requests it has `lost`."""
@@ -146,7 +146,9 @@ class Worker:
             generation, _ = self._generations[request_id]
             self.metrics.finished.labels("error").inc(self._samples[request_id])
             self._forget(request_id, self._samples[request_id])
-            generation.fail()
+            generation.fail(
+                ApiError(500, "the engine failed in this request; the server's log says why", code="engine")
+            )
             self.abort(generation.ids)  # its other prompts have nobody who waits for them
 
     def _forget(self, request_id: str, samples: int) -> None:

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -115,32 +117,44 @@ def refuses(port: int) -> bool:
     return False
 
 
-def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
-    save_folder(tmp_path / "tiny")
-    command = [sys.executable, "-m", "crosslayer", "serve", str(tmp_path / "tiny"), "--port", "0", "--drain", "60"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@contextmanager
+def command(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`crosslayer serve` and its port."""
+    save_folder(folder)
+    parts = [sys.executable, "-m", "crosslayer", "serve", str(folder), "--port", "0", *arguments]
+    process = subprocess.Popen(parts, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         assert process.stdout.readline().startswith("tiny: a cache of ")
-        port = int(process.stdout.readline().rsplit(":", 1)[1])
-        body = {"model": "tiny", "prompt": "three cats", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
+        yield process, int(process.stdout.readline().rsplit(":", 1)[1])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("drain", [60, 0])
+def test_sigterm_lets_answers_end_for_a_while(tmp_path: Path, drain: int) -> None:
+    body = {"model": "tiny", "prompt": "three cats", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
+    with command(tmp_path / "tiny", "--drain", str(drain)) as (process, port):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        streamed = json.dumps({**body, "stream": True})
-        connection.request("POST", "/v1/completions", streamed, {"content-type": "application/json"})
+        content = json.dumps({**body, "stream": True, "n": 64})
+        connection.request("POST", "/v1/completions", content, {"content-type": "application/json"})
         response = connection.getresponse()
         first = response.readline()
         process.send_signal(signal.SIGTERM)
         until(lambda: refuses(port))  # nobody new is let in
-        events = (first + response.read()).decode().split("\n\n")
-        assert events[-2:] == ["data: [DONE]", ""]
-        text = "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-2])
-        assert text == TOKENIZER.decode(greedy(TOKENIZER.encode("three cats"), 120))
+        *events, last, end = (first + response.read()).decode().split("\n\n")
+        assert end == ""
+        if drain:
+            assert last == "data: [DONE]"
+            pieces = [json.loads(event[6:])["choices"][0] for event in events]
+            text = "".join(piece["text"] for piece in pieces if piece["index"] == 0)
+            assert text == TOKENIZER.decode(greedy(TOKENIZER.encode("three cats"), 120))
+        else:
+            assert "the server is shutting down" in json.loads(last[6:])["error"]["message"]
         assert process.wait(timeout=30) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_the_example_in_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
