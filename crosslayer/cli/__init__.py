@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from crosslayer.cli import compare, evaluate, export, generate, plan, train
+from crosslayer.cli import compare, evaluate, export, generate, plan, serve, train
 from crosslayer.errors import Stopped, UserError
 from crosslayer.version import __version__
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": compare,
     "generate": generate,
     "evaluate": evaluate,
+    "serve": serve,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 
 from crosslayer.data import Tokenizer
 from crosslayer.engine.blocks import BlockManager
@@ -46,9 +47,17 @@ class Engine:
     @property
     def most_cache_bytes_used(self) -> int:
         """Bytes of the most blocks that sequences have held at a time."""
+        return self._bytes({span: pool.most_used for span, pool in self.blocks.pools.items()})
+
+    @property
+    def cache_bytes_used(self) -> int:
+        """Bytes of the blocks that sequences hold now."""
+        return self._bytes({span: pool.size - pool.num_free for span, pool in self.blocks.pools.items()})
+
+    def _bytes(self, num_blocks: Mapping[int, int]) -> int:
         cache = self.runner.cache
         return sum(
-            pool[0].nbytes * self.blocks.pools[cache.spans[owner]].most_used
+            pool[0].nbytes * num_blocks[cache.spans[owner]]
             for pools in (cache.keys, cache.values)
             for owner, pool in pools.items()
         )
@@ -59,6 +68,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._samples)
 
+    @property
+    def request_ids(self) -> set[str]:
+        """Those of the requests that have not ended."""
+        return set(self._samples)
+
     def add(self, request: Request) -> None:
         """Queue a request.
 
@@ -66,7 +80,7 @@ class Engine:
             UserError: its id is in use, its prompt is empty, or it asks for what the model, the cache or an engine
                 without a tokenizer cannot give.
         """
-        limit = self._check(request)
+        limit = self.check(request)
         params, config = request.params, self.runner.model.config
         stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else config.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -84,8 +98,12 @@ class Engine:
             self._end(sequence)
         return [Output(request_id, sequence.index, None, "", None, "abort") for sequence in samples]
 
-    def _check(self, request: Request) -> int:
-        """How many tokens a sample of the request may have, prompt included."""
+    def check(self, request: Request) -> int:
+        """How many tokens a sample of the request may have, prompt included. Other threads may ask, too.
+
+        Raises:
+            UserError: as `add`.
+        """
         config, length = self.runner.model.config, len(request.prompt)
         if request.id in self._samples:
             raise UserError(f"request id {request.id!r} is in use")
@@ -148,7 +166,9 @@ class Engine:
                 reason = "stop"
         if reason:
             self._end(sequence)
-        return Output(request.id, sequence.index, token if given else None, text, logprobs if given else None, reason)
+        given_token, given_logprobs = (token, logprobs) if given else (None, None)
+        prefix = sequence.num_prefix or 0
+        return Output(request.id, sequence.index, given_token, text, given_logprobs, reason, prefix)
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

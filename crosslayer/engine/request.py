@@ -101,6 +101,7 @@ class Output:
 
     `token` is None where the sample ended with a token that is not given out, or was aborted. `text` is what became
     certain with the step: it may lag behind the tokens, and is complete when the sample ends, unless by an abort.
+    `num_prefix` prompt tokens were found in the cache instead of computed.
     """
 
     request_id: str
@@ -109,6 +110,7 @@ class Output:
     text: str
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    num_prefix: int = 0
 
 
 @dataclass(eq=False)
@@ -117,6 +119,7 @@ class Sequence:
 
     `tokens` are the prompt's and those drawn so far, `limit` is how many there may be; `text` is None in an engine
     without a tokenizer. `tables` hold blocks by span; `digests` name the contents of full blocks (see `blocks`).
+    `num_prefix` tokens of the prompt were in the cache when the sequence first came to run (None: it has not).
     """
 
     request: Request
@@ -127,6 +130,7 @@ class Sequence:
     text: TextStream | None
     tokens: list[int]
     num_cached: int = 0
+    num_prefix: int | None = None
     tables: dict[int, BlockTable] = field(default_factory=dict)
     digests: list[bytes] = field(default_factory=list)
 

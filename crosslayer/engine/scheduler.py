@@ -65,6 +65,8 @@ class Scheduler:
                 self.blocks.release(sequence)
                 break
             self.num_prefix_tokens += sequence.num_cached
+            if sequence.num_prefix is None:  # what it finds after a preemption may be its own
+                sequence.num_prefix = sequence.num_cached
             self.running.append(self.waiting.popleft())
             step.append(Scheduled(sequence, new))
             budget -= new

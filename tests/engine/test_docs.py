@@ -25,8 +25,9 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     crosslayer.save(model, tmp_path / "runs" / "tiny" / "model", tokenizer=TOKENIZER)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
+    offline = [block for block in blocks if "openai" not in block]  # tests/server runs the others
+    assert len(offline) == 2
+    for block in offline:
         exec(block, {})
         assert "length" in capsys.readouterr().out
 

@@ -186,6 +186,36 @@ def test_the_most_bytes_used_are_those_of_the_blocks_held(plan: str, blocks: dic
     run(engine, [request("a", range(10), 8)])
     slots = slots_of_spans(model.config, MAX_LENGTH)
     assert engine.most_cache_bytes_used == sum(slots[span] * count for span, count in blocks.items()) * 4 * 2 * 10 * 4
+    assert engine.cache_bytes_used == 0
+
+
+def test_what_is_there_now_and_what_was_found() -> None:
+    model = model_of("cla2")
+    engine = small_engine(model, 4)
+    engine.add(request("a", range(10), 8))
+    (output,) = engine.step()
+    assert (output.num_prefix, engine.request_ids) == (0, {"a"})
+    a_block = 4 * 2 * 10 * 4 * 2 * 3  # tokens, KV heads, head_dim, float32; keys and values, three owners
+    assert engine.cache_bytes_used == 3 * a_block
+    engine.add(request("b", [*range(9), 5, 6], 8))
+    assert engine.request_ids == {"a", "b"}
+    found = {output.request_id: output.num_prefix for output in engine.step()}
+    assert found == {"a": 0, "b": 8}  # two whole blocks of nine tokens
+    assert engine.cache_bytes_used == 4 * a_block
+    for name in "ab":
+        engine.abort(name)
+    assert not engine.request_ids
+    assert engine.cache_bytes_used == 0
+
+
+def test_a_preempted_sequence_does_not_count_what_it_finds_of_its_own() -> None:
+    engine = small_engine(model_of("cla2"), 1.1, max_length=64)
+    for number in range(3):
+        engine.add(request(number, [number * 7 + place for place in range(6)], 40))
+    found = [output.num_prefix for _ in range(300) for output in engine.step()]
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.num_prefix_tokens > 0
+    assert set(found) == {0}
 
 
 def test_cla2_holds_twice_the_tokens() -> None:

@@ -1,0 +1,35 @@
+"""Running the service until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from socket import socket
+
+import uvicorn
+
+from crosslayer.server.app import Service
+
+# After the answers were ended: for their last bytes to go out, and for uploads that never end to be cut.
+_LAST_SECONDS = 3
+
+
+def run(service: Service, listener: socket, drain: int) -> None:
+    """Serve on `listener` until SIGTERM, which lets nobody new in. Answers then have `drain` seconds to end, and what
+    is left ends with an error. SIGINT does the same, and raises KeyboardInterrupt."""
+    settings = uvicorn.Config(
+        service.app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain + _LAST_SECONDS
+    )
+    # Uvicorn raises the signal again when it is done, for whoever handled it before; here that is the end, status 0.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    _Server(settings, service, drain).run([listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, settings: uvicorn.Config, service: Service, drain: int) -> None:
+        super().__init__(settings)
+        self._service, self._drain = service, drain
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._drain, self._service.worker.drop_all)
+        await super().shutdown(sockets)

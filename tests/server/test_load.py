@@ -1,0 +1,53 @@
+"""Many streams, clients that vanish, and what a server has left of it: minutes of it by hand, seconds of it here."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from benchmarks.load import measure, parse, percentiles
+from tests.server.servers import save_folder
+
+
+def test_percentiles() -> None:
+    assert percentiles([n / 1000 for n in range(100, 0, -1)]) == pytest.approx(
+        {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+    )
+    assert percentiles([]) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_loaded_server_loses_nothing_and_does_not_grow(tmp_path: Path) -> None:
+    save_folder(tmp_path / "tiny")
+    command = [sys.executable, "-m", "crosslayer", "serve", str(tmp_path / "tiny"), "--port", "0", "--cache", "1MiB"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        url = process.stdout.readline().strip()
+        load = [url, "--model", "tiny", "--pid", str(process.pid), "--longest", "60", "--vanish", "0.3"]
+        arrivals = asyncio.run(measure(parse([*load, "--rate", "30", "--seconds", "4"])))
+        assert arrivals["outcomes"].keys() <= {"finished", "vanished"}
+        assert 60 < sum(arrivals["outcomes"].values()) < 200  # 120 are due, with a standard deviation of 11
+        result = asyncio.run(measure(parse([*load, "--clients", "200", "--seconds", "12"])))
+        assert result["outcomes"].keys() == {"finished", "vanished"}
+        assert result["most_open"] == 200
+        memory = result["server_memory_mib"]
+        assert memory[-1] - memory[len(memory) // 2] < 20
+        with urllib.request.urlopen(f"{url}/metrics") as response:
+            metrics = dict(line.rsplit(" ", 1) for line in response.read().decode().splitlines() if line[0] != "#")
+        assert metrics['crosslayer_cache_blocks_used{span="128"}'] == metrics["crosslayer_running"] == "0.0"
+        assert float(metrics["crosslayer_preemptions_total"]) > 0
+        assert float(metrics['crosslayer_finished_total{reason="abort"}']) > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.communicate()
