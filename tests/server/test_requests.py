@@ -164,8 +164,10 @@ def test_a_full_queue_refuses_and_then_takes_again(monkeypatch: pytest.MonkeyPat
             body = {"model": "tiny", "prompt": "cats", "n": n, "max_tokens": 5}
             connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
         until(lambda: live.service.worker.num_samples == 5)
-        assert_error(*live.complete(), 429, "the queue is full")
-        released = True
+        try:
+            assert_error(*live.complete(), 429, "the queue is full")
+        finally:
+            released = True
         for connection in connections:
             assert connection.getresponse().status == 200
             connection.close()
