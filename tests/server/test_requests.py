@@ -43,6 +43,7 @@ def assert_error(status: int, body: Any, expected: int, words: str) -> None:
         ({"prompt": [1, True]}, "prompt: input should be"),
         ({"prompt": [1, 2, 100000]}, "token 100000 does not exist"),
         ({"prompt": [-1]}, "token -1 does not exist"),
+        ({"prompt": [-(2**70)], "echo": True}, "does not exist"),
         ({"prompt": "cats " * 200}, "do not fit in the context, which holds 128"),
         ({"max_tokens": 128}, "do not fit in the context"),
         ({"max_tokens": 10**30}, "max_tokens: input should be"),
