@@ -105,8 +105,7 @@ class Service:
         params = body.sampling()
         # In a thread: a long text takes a while, in which the others' tokens must go out.
         prompts = await asyncio.to_thread(self._encode, body.prompts)
-        beginnings = [self.tokenizer.decode(prompt) if body.echo else "" for prompt in prompts]
-        return await self._answer(request, body, CompletionFormat, prompts, params, beginnings)
+        return await self._answer(request, body, CompletionFormat, prompts, params, echo=body.echo)
 
     async def _chat(self, request: Request) -> Response:
         body = await _read(request, ChatRequest)
@@ -115,7 +114,7 @@ class Service:
             raise ApiError(400, f"{self.name} has no chat template; it continues texts, at /v1/completions")
         params = body.sampling(self.template.stop_token_ids)
         prompt = await asyncio.to_thread(self.template.encode, body.plain_messages())
-        return await self._answer(request, body, ChatFormat, [prompt], params, [""])
+        return await self._answer(request, body, ChatFormat, [prompt], params)
 
     def _check(self, model: str, prompts: int, samples: int) -> None:
         if model != self.name:
@@ -135,15 +134,17 @@ class Service:
         form: Format,
         prompts: list[list[int]],
         params: SamplingParams,
-        beginnings: list[str],
+        *,
+        echo: bool = False,
     ) -> Response:
+        generation = self.worker.submit(prompts, params)  # which also finds out whether all of their tokens exist
         answer = Answer(
-            self.worker.submit(prompts, params),
+            generation,
             form,
             self.name,
             self.speller,
             prompt_tokens=sum(map(len, prompts)),
-            beginnings=beginnings,
+            beginnings=[self.tokenizer.decode(prompt) if echo else "" for prompt in prompts],
             samples=params.n,
             logprobs=params.logprobs is not None,
             include_usage=body.include_usage,

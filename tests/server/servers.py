@@ -44,7 +44,7 @@ class Live:
         self, method: str, path: str, body: Any = None, *, raw: bytes | None = None, **headers: str
     ) -> tuple[int, str]:
         """Status and body; `body` is sent as JSON, `raw` as it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         content = json.dumps(body).encode() if raw is None and body is not None else raw
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 import torch
 
-from tests.server.servers import MODEL, TOKENIZER, Live, greedy, serving
+from crosslayer.engine import LLM, SamplingParams
+from tests.server.servers import CONFIG, MODEL, TOKENIZER, Live, greedy, serving
 
 PROMPT = "three cats sat on mats and"
 IDS = TOKENIZER.encode(PROMPT)
@@ -60,6 +62,9 @@ def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
         usages += [chunk.usage] if chunk.usage else []
     assert texts == [choice.text for choice in whole.choices]
     assert len(set(texts)) == 4
+    likeliest = client.completions.create(**{**settings, "temperature": 0, "max_tokens": 8})
+    for choice, prompt in zip(likeliest.choices, [PROMPT, PROMPT, "rats", "rats"], strict=True):
+        assert choice.text == TOKENIZER.decode(greedy(TOKENIZER.encode(prompt), 8))
     assert reasons == dict.fromkeys(range(4), "length")
     assert len(usages) == 1
     assert usages[0].completion_tokens == 48
@@ -118,8 +123,28 @@ def test_seed_stop_echo_and_ends(client: openai.OpenAI) -> None:
     ended = complete(temperature=0, extra_body={"stop_token_ids": [first]})
     assert (ended.text, ended.finish_reason) == ("", "stop")
     assert complete(temperature=0, extra_body={"stop_token_ids": [first], "min_tokens": 5}).text != ""
-    assert complete(temperature=0, frequency_penalty=2, presence_penalty=2).text != plain.text
     assert complete(temperature=0, max_tokens=None).text == complete(temperature=0, max_tokens=16).text  # as at OpenAI
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.3},
+        {"top_p": 0.05},
+        {"top_k": 2},
+        {"min_p": 0.9},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 50.0},
+    ],
+)
+def test_every_way_to_sample_reaches_the_engine(client: openai.OpenAI, change: dict[str, Any]) -> None:
+    plain = {"temperature": 1.0, "seed": 5, "max_tokens": 30}
+    llm = LLM(MODEL, CONFIG, tokenizer=TOKENIZER)
+    settings = [SamplingParams(**plain), SamplingParams(**{**plain, **change})]
+    (unchanged,), (expected,) = llm.generate([IDS, IDS], settings)
+    answer = client.completions.create(model="tiny", prompt=IDS, extra_body={**plain, **change})
+    assert answer.choices[0].text == expected.text != unchanged.text
 
 
 def test_what_openai_knows_and_we_do_not_may_be_neutral(client: openai.OpenAI) -> None:

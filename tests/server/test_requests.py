@@ -43,6 +43,7 @@ def assert_error(status: int, body: Any, expected: int, words: str) -> None:
         ({"prompt": [1, True]}, "prompt: input should be"),
         ({"prompt": [1, 2, 100000]}, "token 100000 does not exist"),
         ({"prompt": [-1]}, "token -1 does not exist"),
+        ({"prompt": [-(2**70)], "echo": True}, "does not exist"),
         ({"prompt": "cats " * 200}, "do not fit in the context, which holds 128"),
         ({"max_tokens": 128}, "do not fit in the context"),
         ({"max_tokens": 10**30}, "max_tokens: input should be"),
@@ -164,8 +165,10 @@ def test_a_full_queue_refuses_and_then_takes_again(monkeypatch: pytest.MonkeyPat
             body = {"model": "tiny", "prompt": "cats", "n": n, "max_tokens": 5}
             connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
         until(lambda: live.service.worker.num_samples == 5)
-        assert_error(*live.complete(), 429, "the queue is full")
-        released = True
+        try:
+            assert_error(*live.complete(), 429, "the queue is full")
+        finally:
+            released = True
         for connection in connections:
             assert connection.getresponse().status == 200
             connection.close()
