@@ -370,3 +370,12 @@ def test_every_design_is_compiled_however_many_there_are(workplace: Path, tmp_pa
     config = replace(config, train=replace(config.train, compile=True, tokens=64, device="cpu"))
     with torch._dynamo.config.patch(recompile_limit=10, fail_on_recompile_limit_hit=True):
         assert not compare(config, tmp_path / "out").failures
+
+
+def test_several_processes_would_each_run_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["compare", "--out", str(tmp_path / "out")]) == 2
+    assert "a comparison runs in one process; torchrun is for crosslayer train" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
