@@ -19,6 +19,7 @@ import crosslayer.compare.run
 from crosslayer import checkpoint
 from crosslayer.checkpoint.state import Checkpoints
 from crosslayer.cli import compare as command
+from crosslayer.cli import main
 from crosslayer.compare import CompareConfig, Results, compare, format_table
 from crosslayer.errors import Stopped, UserError
 from crosslayer.settings import from_mapping
