@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.study import ROOT
 from crosslayer.compare.plots import COLOURS, bytes_axis, make_figure, move_apart, place_labels
 from crosslayer.compare.statistics import Spread
 
 # KV bytes per token, loss, design.
 Point = tuple[int | float, Spread, str]
 
-# The paper's table 1 (arXiv 2405.12981): KV bytes per token and validation perplexity at 1B, 30B tokens, one seed.
-PAPER = {
-    "H128-MHA": (163840, 13.15),
-    "H128-GQA4": (40960, 13.36),
-    "H128-GQA2": (20480, 13.52),
-    "H128-MQA": (10240, 13.54),
-    "H64-MQA": (5120, 13.81),
-    "H46-MQA": (3680, 13.96),
-    "H32-MQA": (2560, 14.37),
-    "H512-MQA-CLA2": (20480, 13.49),
-    "H256-MQA-CLA2": (10240, 13.51),
-    "H128-MQA-CLA2": (5120, 13.60),
-    "H90-MQA-CLA2": (3600, 13.73),
-    "H64-MQA-CLA2": (2560, 13.89),
-    "H256-GQA4-CLA2": (40960, 13.38),
-    "H128-GQA4-CLA2": (20480, 13.48),
-    "H128-GQA2-CLA2": (10240, 13.59),
-    "H128-MQA-CLA3": (3584, 13.77),
-    "H128-MQA-CLA4": (2560, 13.95),
-    "H128-MQA-CLA2-KeepEnds": (5632, 13.62),
-    "H128-MQA-CLA2-DenseFront": (5632, 13.75),
-    "H128-MQA-CLA2-DenseBack": (5632, 14.03),
-}
+
+def _table_1() -> dict[str, tuple[int, float]]:
+    """The paper's table 1 (arXiv 2405.12981): KV bytes per token and validation perplexity at 1B, 30B tokens, one seed,
+    by design."""
+    with (ROOT / "configs" / "paper" / "runs.tsv").open(encoding="utf-8") as file:
+        runs = [run for run in csv.DictReader(file, delimiter="\t") if run["run"] == f"1b-{run['design']}"]
+    return {run["design"]: (int(run["kv_bytes_per_token"]), float(run["perplexity"])) for run in runs}
+
+
+PAPER = _table_1()
 
 KINDS = dict(zip(("no sharing", "CLA2", "other sharing"), COLOURS, strict=False))
 

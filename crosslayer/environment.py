@@ -1,7 +1,8 @@
-"""What a measurement was made on: the machine and the versions, for every JSON file of results."""
+"""Where this runs: the machine and the versions, for every JSON file of results, and how many processes there are."""
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from pathlib import Path
@@ -25,6 +26,11 @@ def describe_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def started_processes() -> int:
+    """How many processes torchrun, or another launcher, has started to work together; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _processor() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from crosslayer.cli.common import (
     split_settings,
     write_json_output,
 )
+from crosslayer.environment import started_processes
 from crosslayer.errors import UserError
 
 HELP = "train several designs under one budget and show what each saves and costs"
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     file, overrides = split_settings(arguments)
     check_json_argument(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started_processes() > 1:
         raise UserError("a comparison runs in one process; torchrun is for crosslayer train")
 
     from crosslayer.compare import CompareConfig, compare, format_table

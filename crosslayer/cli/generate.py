@@ -63,7 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     longest = max(map(len, ids)) + arguments.max_new_tokens
     warn_beyond_context(model, longest)
-    llm = LLM(model, EngineConfig(max_length=longest), tokenizer=tokenizer)
+    # The cache need not be for more than these.
+    config = EngineConfig(max_length=longest, max_running=min(len(prompts), EngineConfig.max_running))
+    llm = LLM(model, config, tokenizer=tokenizer)
     completions = [Completion() for _ in prompts]
     streaming = arguments.prompt is not None and not arguments.json
     if streaming:

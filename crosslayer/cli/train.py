@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from crosslayer.cli.common import (
     split_settings,
     write_json_output,
 )
+from crosslayer.environment import started_processes
 from crosslayer.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _report(result: dict[str, Any], json: str | None, out: Path) -> None:
 def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> None:
     from crosslayer.cli.dry_run import MEASURED_TFLOPS, dry_run, report
 
-    gpus = int(os.environ.get("WORLD_SIZE", "1")) if arguments.gpus is None else arguments.gpus
+    gpus = started_processes() if arguments.gpus is None else arguments.gpus
     figures = dry_run(config, gpus=gpus, tflops=MEASURED_TFLOPS if arguments.tflops is None else arguments.tflops)
     if arguments.json:
         write_json_output(arguments.json, figures)

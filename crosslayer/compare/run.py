@@ -183,7 +183,7 @@ def _continue(
     prompt = data.tokenizer.encode(sample.prompt)
     # Beyond the context if need be: the training is done, and must not end with a refusal.
     max_length = max(model.config.max_position_embeddings, len(prompt) + (sample.sampling.max_tokens or 1))
-    llm = LLM(model, EngineConfig(max_length=max_length), tokenizer=data.tokenizer)
+    llm = LLM(model, EngineConfig(max_length=max_length, max_running=1), tokenizer=data.tokenizer)
     ((completion,),) = llm.generate([prompt], sample.sampling)
     tokens = len(completion.token_ids)
     reference = None

@@ -6,9 +6,6 @@ first pass keeps a running maximum and sum, and the second finds the row still i
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -37,18 +34,13 @@ def cross_entropy_in_pytorch(logits: Tensor, targets: Tensor, want_grad: bool) -
 
 
 def _on_gpu(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
-    rows, vocab_size = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    if rows:
-        _kernel()[(rows,)](
-            logits, targets, losses, vocab_size, logits.stride(0), BLOCK=4096, GRAD=want_grad, num_warps=8
-        )
-    return losses
-
-
-@cache
-def _kernel() -> Any:
     # Triton is there only where there is a GPU.
     from crosslayer.kernels.cross_entropy_triton import cross_entropy_kernel
 
-    return cross_entropy_kernel
+    rows, vocab_size = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        cross_entropy_kernel[(rows,)](
+            logits, targets, losses, vocab_size, logits.stride(0), BLOCK=4096, GRAD=want_grad, num_warps=8
+        )
+    return losses

@@ -22,8 +22,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """Sum over tokens of -log softmax(hidden @ weightᵀ)[target], as a scalar of at least float32.
 
     hidden [N, C] and weight [V, C] in any float type (autocast is honoured), targets [N] int64, of which negative ones
-    count for nothing. The gradients are
-    worked out chunk by chunk in the forward pass, so memory is O(N·C + V·C) instead of O(N·V).
+    count for nothing. The gradients are worked out chunk by chunk in the forward pass, so memory is O(N·C + V·C)
+    instead of O(N·V).
 
     A DTensor `weight` has its rows spread evenly over a group of processes, all of which bring the same `hidden` and
     `targets`, and get the same loss and gradient of `hidden`.

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from crosslayer.environment import started_processes
 from crosslayer.errors import UserError
 from crosslayer.train.config import Recipe
 from crosslayer.train.host import choose_device
@@ -87,7 +88,7 @@ def joined_processes(recipe: Recipe) -> Iterator[Processes]:
     Raises:
         UserError: `tensor_parallel` does not divide the number of processes, or this one's device cannot be used.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = started_processes()
     if count == 1:
         yield single_process(recipe)
         return
