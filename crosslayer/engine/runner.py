@@ -1,4 +1,4 @@
-"""The model over the paged cache: a step's sequences in, logits out. Everything that touches the device is here."""
+"""The model over the paged cache: a step's sequences in, drawn tokens out. Everything that touches the device is here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from crosslayer.engine.batch import UNKNOWN, Batch, BatchBuilder
 from crosslayer.engine.config import EngineConfig
+from crosslayer.engine.graphs import GraphedStep, graph_sizes
+from crosslayer.engine.prepared import PreparedModel
+from crosslayer.engine.sampler import Draws
 from crosslayer.engine.scheduler import Scheduled
+from crosslayer.engine.transfer import pack, unpack
 from crosslayer.model import Transformer
 from crosslayer.model.fp8 import FP8, slot_scales
-from crosslayer.model.paged import PagedCache, PagedRow, divide_memory, sequence_bytes
+from crosslayer.model.paged import PagedCache, divide_memory, sequence_bytes
 
 CPU_CACHE_BYTES = 2**30
 # Of the memory that is free once the model is on the GPU; the rest is for what a step computes.
@@ -19,39 +24,66 @@ GPU_CACHE_SHARE = 0.85
 
 
 class Runner:
-    """A model, on its device and in its own precision, and the cache that it fills.
+    """A model, laid out for inference on a device in its own precision, and the cache that it fills.
 
     Raises:
         UserError: the cache is too small, or a layer's keys and values are kept for different numbers of tokens.
     """
 
-    def __init__(self, model: Transformer, config: EngineConfig, max_length: int) -> None:
-        self.model = model.eval()
-        weight, block_size = model.lm_head.weight, config.block_size
-        self.device = weight.device
+    def __init__(self, model: Transformer, config: EngineConfig, max_length: int, device: torch.device) -> None:
+        self.device, self.config = device, model.config
+        on_gpu = device.type == "cuda"
         fp8 = config.cache_dtype == "fp8"
+        weight, block_size = model.lm_head.weight, config.block_size
         dtype = FP8 if fp8 else weight.dtype
+        scales = slot_scales(model.eval()) if fp8 else None
+        self.model = PreparedModel(model, max_length, device)
         sequence = sequence_bytes(model.config, block_size, max_length, dtype)
         memory = config.cache_bytes or min(self._free_memory(sequence), config.max_running * sequence)
         num_blocks = divide_memory(model.config, memory, block_size, max_length, dtype)
-        scales = slot_scales(model) if fp8 else None
         self.cache = PagedCache(
-            model.config, num_blocks, block_size, max_length, dtype=dtype, device=self.device, scales=scales
+            model.config, num_blocks, block_size, max_length, dtype=dtype, device=device, scales=scales
         )
+        # On a GPU, what is launched is not done yet when `launch` returns.
+        self.overlaps = on_gpu
+        self._builder = BatchBuilder(self.cache, config.max_running)
+        # The token last drawn in each slot, also while the host does not know it yet.
+        self._last = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
+        self._graphs: dict[int, GraphedStep] = {}
+        if on_gpu:
+            self._capture(graph_sizes(config.max_running))
+
+    @torch.inference_mode()
+    def launch(self, step: Sequence[Scheduled]) -> Draws:
+        """Put the new tokens of a step through the model, and draw a token for each sequence that is complete."""
+        drawing = [item.sequence for item in step if item.draws]
+        size = None
+        if len(drawing) == sum(item.new for item in step):
+            size = next((size for size in self._graphs if size >= len(step)), None)
+        host = self._builder.on_host(step, size)
+        if size is None:
+            packed = pack(host.arrays, pinned=self.overlaps).to(self.device, non_blocking=True)
+            batch = self._builder.on_device(host, unpack(packed, host.arrays))
+            logits = self._logits(batch)
+        else:
+            batch = self._graphs[size].batch
+            logits = self._graphs[size](host)[: len(drawing)]
+        draws = Draws(logits, drawing)
+        self._last.index_copy_(0, batch.drawing_slots[: len(drawing)], draws.tokens)
+        return draws
+
+    def _logits(self, batch: Batch) -> Tensor:
+        ids = torch.where(batch.ids == UNKNOWN, self._last[batch.slots], batch.ids)
+        return self.model.logits(batch, ids, self.cache)
+
+    def _capture(self, sizes: Sequence[int]) -> None:
+        """Make the graphs, the largest first: the others' memory is part of its own."""
+        memory = torch.cuda.graph_pool_handle()
+        graphs = {size: GraphedStep(self._logits, self._builder, size, memory) for size in reversed(sizes)}
+        self._graphs = dict(sorted(graphs.items()))
 
     def _free_memory(self, sequence: int) -> int:
         if self.device.type != "cuda":
             return max(CPU_CACHE_BYTES, sequence)  # a CPU's memory is taken only as it is written to
+        torch.cuda.empty_cache()
         return int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
-
-    @torch.inference_mode()
-    def run(self, step: Sequence[Scheduled]) -> Tensor:
-        """Put the new tokens of a step through the model; logits [R, vocab_size] for the R sequences that draw."""
-        rows, ids = [], []
-        for item in step:
-            sequence, start = item.sequence, item.sequence.num_cached
-            rows.append(PagedRow(start, item.new, sequence.tables, item.draws))
-            ids += sequence.tokens[start : start + item.new]
-        hidden = self.model.model(torch.tensor([ids], device=self.device), step=self.cache.begin(rows))
-        logits: Tensor = self.model.lm_head(hidden[0])
-        return logits

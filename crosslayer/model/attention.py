@@ -1,14 +1,12 @@
 """Causal attention through PyTorch's kernels, and the masks it needs.
 
-A mask is one of four things: None for plain causal attention (SDPA's own causal kernels), a FlexAttention BlockMask
-where windows or packed documents leave most of the square empty (CUDA), a boolean tensor [B or 1, 1, T, S] that is true
-where a query may look (CPU, and queries against a contiguous cache), or a PagedMask, with which keys and values are the
-whole pool of a paged cache.
+A mask is one of three things: None for plain causal attention (SDPA's own causal kernels), a FlexAttention BlockMask
+where windows or packed documents leave most of the square empty (CUDA), or a boolean tensor [B or 1, 1, T, S] that is
+true where a query may look (CPU, and queries against a contiguous cache).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,41 +16,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 
 
-@dataclass(frozen=True)
-class PagedRows:
-    """Rows of a flat batch that have n queries each.
-
-    `queries` [R * n] numbers their queries in the batch, row by row; `table` [R, M] the blocks of their keys; `mask`
-    [R, 1, n, M * block_size] is true where a query may look.
-    """
-
-    queries: Tensor
-    table: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class PagedMask:
-    """How the queries of a flat batch look at the blocks of a pool.
-
-    Keys and values are what is in the pool times `key_scale` and `value_scale`.
-    """
-
-    rows: tuple[PagedRows, ...]
-    key_scale: float = 1.0
-    value_scale: float = 1.0
-
-
-Mask = Tensor | BlockMask | PagedMask | None
+Mask = Tensor | BlockMask | None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Softmax(q kᵀ / √D) v for q [B, H, T, D] and k, v [B, G, S, D], where G divides H; returns [B, H, T, D].
-
-    With a PagedMask B is 1, and k and v are pools [blocks, block_size, G, D].
-    """
-    if isinstance(mask, PagedMask):
-        return _paged_attend(q, k, v, mask)
+    """Softmax(q kᵀ / √D) v for q [B, H, T, D] and k, v [B, G, S, D], where G divides H; returns [B, H, T, D]."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
@@ -93,21 +61,6 @@ def positional_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor
     distance = queries[:, None, :, None] - keys[:, None, None, :]
     mask = (distance >= 0) & (keys >= 0)[:, None, None, :]
     return mask if window is None else mask & (distance < window)
-
-
-def _paged_attend(q: Tensor, k: Tensor, v: Tensor, mask: PagedMask) -> Tensor:
-    """Attention over block tables with nothing but gathers and SDPA: what a kernel over the pool must compute."""
-    heads, _, size = q.shape[1:]
-    output = torch.empty_like(q)
-    q = q * mask.key_scale  # the scales are powers of two, so it is the same wherever they come in
-    for rows in mask.rows:
-        count = len(rows.table)
-        q_rows = q[0, :, rows.queries].view(heads, count, -1, size).transpose(0, 1)
-        k_rows, v_rows = (pool[rows.table].flatten(1, 2).transpose(1, 2).to(q.dtype) for pool in (k, v))
-        grouped = heads != k_rows.shape[1]
-        out = scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=rows.mask, enable_gqa=grouped)
-        output[0, :, rows.queries] = out.transpose(0, 1).flatten(1, 2)
-    return output * mask.value_scale
 
 
 @cache

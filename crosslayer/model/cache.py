@@ -18,14 +18,9 @@ from crosslayer.plan import ModelConfig, SharingPlan
 
 
 class CacheStep(ABC):
-    """One forward pass over a cache, as the model sees it.
-
-    `positions` [B, T] are those of the new tokens. `wanted` [n], where it is not None, numbers the tokens (columns of a
-    batch of one row) whose hidden states are asked for; layers from the plan's prefill cut on run for these alone.
-    """
+    """One forward pass over a cache, as the model sees it. `positions` [B, T] are those of the new tokens."""
 
     positions: Tensor
-    wanted: Tensor | None = None
 
     @abstractmethod
     def store_keys(self, owner: int, fresh: Tensor) -> Tensor:

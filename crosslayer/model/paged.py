@@ -3,14 +3,11 @@
 Slots that are kept for equally many tokens (all those without a window, or those with the same one) share their block
 numbers: block b of such a *span* is block b in the pool of each of its slots. So a sequence needs one table per span,
 no matter how many layers there are, and a layer finds its keys and its values by the same table, whoever owns them.
-
-A batch is flat: the new tokens of all sequences one after the other, in one row. Prompts and single tokens then share
-every matrix product without padding, which is also the form in which attention kernels for ragged batches want it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,8 +15,7 @@ import torch
 from torch import Tensor
 
 from crosslayer.errors import UserError
-from crosslayer.model.attention import PagedMask, PagedRows, positional_mask
-from crosslayer.model.cache import CacheStep, slot_capacities
+from crosslayer.model.cache import slot_capacities
 from crosslayer.plan import ModelConfig
 
 
@@ -34,20 +30,6 @@ class BlockTable:
     def end(self) -> int:
         """The number of the block after the last one held."""
         return self.first + len(self.blocks)
-
-
-@dataclass(frozen=True)
-class PagedRow:
-    """The `new` tokens that a sequence gains from position `start` on, and its table in each span.
-
-    Its tables must have blocks for these tokens and for all that they may look at. `wanted`: the hidden state of the
-    last new token is asked for.
-    """
-
-    start: int
-    new: int
-    tables: Mapping[int, BlockTable]
-    wanted: bool
 
 
 class SlotScales(NamedTuple):
@@ -100,9 +82,9 @@ class PagedCache:
         """Bytes allocated for keys and values."""
         return sum(pool.nbytes for pool in (*self.keys.values(), *self.values.values()))
 
-    def begin(self, rows: Sequence[PagedRow]) -> PagedStep:
-        """Prepare a forward pass over the rows' new tokens, laid one after the other in a batch [1, N]."""
-        return PagedStep(self, rows)
+    def blocks_of_row(self, span: int) -> int:
+        """The most blocks of a span that a sequence holds while it gains one token at a time."""
+        return _blocks_held(span, self.block_size, self.max_length)
 
 
 def slots_of_spans(config: ModelConfig, max_length: int) -> dict[int, int]:
@@ -122,8 +104,12 @@ def blocks_of_sequence(config: ModelConfig, block_size: int, max_length: int) ->
     Raises:
         UserError: as `slots_of_spans`.
     """
+    return {span: _blocks_held(span, block_size, max_length) for span in slots_of_spans(config, max_length)}
+
+
+def _blocks_held(span: int, block_size: int, max_length: int) -> int:
     # A window that starts inside a block reaches into one block more.
-    return {span: -(-span // block_size) + (span < max_length) for span in slots_of_spans(config, max_length)}
+    return -(-span // block_size) + (span < max_length)
 
 
 def sequence_bytes(config: ModelConfig, block_size: int, max_length: int, dtype: torch.dtype) -> int:
@@ -147,94 +133,3 @@ def divide_memory(
     if not all(blocks.values()):
         raise UserError(f"a cache of {nbytes:,} bytes is too small: a block of {block_size} tokens does not fit")
     return blocks
-
-
-class PagedStep(CacheStep):
-    """One forward pass over the new tokens of some rows.
-
-    Keys and values of all rows are stored before any row attends, so a row may read blocks that another one fills in
-    the same pass. What depends only on lengths and tables is worked out once and shared by all layers.
-    """
-
-    def __init__(self, cache: PagedCache, rows: Sequence[PagedRow]) -> None:
-        self.cache, self.rows = cache, rows
-        new = torch.tensor([row.new for row in rows])
-        starts = torch.tensor([row.start for row in rows])
-        row_of = torch.repeat_interleave(torch.arange(len(rows)), new)
-        ends = new.cumsum(0)
-        positions = torch.arange(int(ends[-1])) - (ends - new - starts)[row_of]
-        self._new, self._ends, self._row_of, self._positions = new, ends, row_of, positions
-        self.positions = positions[None].to(cache.device)
-        asked = torch.tensor([row.wanted for row in rows])
-        # Where every token is wanted there is nothing to leave out.
-        self.wanted = None if asked.all() and len(positions) == len(rows) else (ends - 1)[asked].to(cache.device)
-        self._asked_rows = asked.nonzero()[:, 0]
-        self._tables = {span: _pad([row.tables[span] for row in rows]) for span in set(cache.spans)}
-        self._places = {span: self._places_in(span) for span in self._tables}
-        self._rows: dict[tuple[int, int | None, bool], tuple[PagedRows, ...]] = {}
-
-    def store_keys(self, owner: int, fresh: Tensor) -> Tensor:
-        return self._store(self.cache.keys[owner], self.cache.scales.keys[owner], owner, fresh)
-
-    def store_values(self, owner: int, fresh: Tensor) -> Tensor:
-        return self._store(self.cache.values[owner], self.cache.scales.values[owner], owner, fresh)
-
-    def mask(self, layer: int) -> PagedMask:
-        cache, plan = self.cache, self.cache.plan
-        narrow = self.wanted is not None and layer >= plan.prefill_cut
-        key = (cache.spans[layer], plan.windows[layer], narrow)
-        if key not in self._rows:
-            self._rows[key] = self._make_rows(*key)
-        scales = cache.scales
-        return PagedMask(
-            self._rows[key],
-            key_scale=scales.keys[plan.key_sources[layer]],
-            value_scale=scales.values[plan.value_sources[layer]],
-        )
-
-    def _store(self, pool: Tensor, scale: float, owner: int, fresh: Tensor) -> Tensor:
-        tokens = fresh.detach()[0].transpose(0, 1)
-        if scale != 1:
-            tokens = tokens / scale
-        if pool.dtype != tokens.dtype:  # the conversion alone may make NaN of what is too large
-            limits = torch.finfo(pool.dtype)
-            tokens = tokens.clamp(limits.min, limits.max)
-        pool.flatten(0, 1)[self._places[self.cache.spans[owner]]] = tokens.to(pool.dtype)
-        return pool
-
-    def _places_in(self, span: int) -> Tensor:
-        """Where in the span's pools each new token goes, counted in tokens."""
-        table, first = self._tables[span]
-        size = self.cache.block_size
-        blocks = table[self._row_of, self._positions // size - first[self._row_of]]
-        return (blocks * size + self._positions % size).to(self.cache.device)
-
-    def _make_rows(self, span: int, window: int | None, narrow: bool) -> tuple[PagedRows, ...]:
-        """How all new tokens look at a span or, narrow, the wanted ones, which are then a batch of their own."""
-        groups: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, number of each query, and the token it belongs to
-        if narrow and len(self._asked_rows):
-            tokens = (self._ends - 1)[self._asked_rows, None]
-            groups = [(self._asked_rows, torch.arange(len(tokens))[:, None], tokens)]
-        elif not narrow:
-            for count in sorted({row.new for row in self.rows}):
-                rows = (self._new == count).nonzero()[:, 0]
-                tokens = (self._ends - count)[rows, None] + torch.arange(count)
-                groups.append((rows, tokens, tokens))
-        table, first = self._tables[span]
-        size, device = self.cache.block_size, self.cache.device
-        parts = []
-        for rows, queries, tokens in groups:
-            positions = self._positions[tokens]
-            blocks = int((positions[:, -1] // size - first[rows]).max()) + 1
-            keys = first[rows, None] * size + torch.arange(blocks * size)
-            # What a row's table does not have lies after the row's last token, where nothing looks.
-            mask = positional_mask(positions, keys, window)
-            parts.append(PagedRows(queries.flatten().to(device), table[rows, :blocks].to(device), mask.to(device)))
-        return tuple(parts)
-
-
-def _pad(tables: Sequence[BlockTable]) -> tuple[Tensor, Tensor]:
-    """Block numbers [R, M], filled up with 0, and the first block of each row [R]."""
-    width = max(len(table.blocks) for table in tables)
-    padded = [table.blocks + [0] * (width - len(table.blocks)) for table in tables]
-    return torch.tensor(padded), torch.tensor([table.first for table in tables])

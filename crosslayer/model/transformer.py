@@ -171,8 +171,7 @@ class Decoder(nn.Module):
         step: CacheStep | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, hidden_size] after the final norm, or [1, n, hidden_size] of the n tokens that a `step`
-        over a cache wants; other arguments as in `Transformer.forward`."""
+        """Hidden states [B, T, hidden_size] after the final norm; arguments as in `Transformer.forward`."""
         plan, length, device = self.config.plan, input_ids.shape[1], input_ids.device
         masks: list[Mask]
         if step is None:
@@ -225,11 +224,6 @@ class Decoder(nn.Module):
                 del keys[key_source]
             if plan.value_slots[value_source].readers[-1] == layer:
                 del values[value_source]
-            if step is not None and step.wanted is not None and layer + 1 == plan.prefill_cut:
-                # All slots are filled; what is left is of use only to tokens that are asked for.
-                x, rope = x[:, step.wanted], (rope[0][:, step.wanted], rope[1][:, step.wanted])
-                if not len(step.wanted):
-                    break
         return x
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from crosslayer.engine import blocks, scheduler
+from crosslayer.engine.batch import BatchBuilder
 from crosslayer.engine.engine import Engine
-from crosslayer.model import attention, paged
+from crosslayer.engine.prepared import PreparedModel
 from tests.engine.runs import (
     assert_greedy,
     assert_nothing_held,
@@ -129,23 +130,23 @@ MUTATIONS = [
         (
             "a row reads the tables of the one before it",
             "cla2",
-            paged.PagedStep._make_rows,
-            "table[rows, :blocks]",
-            "table[rows - 1, :blocks]",
+            BatchBuilder.on_host,
+            "tables.of(row_slots,",
+            "tables.of(row_slots - 1,",
         ),
         (
             "the upper layers take the first token of each row",
             WINDOWS,
-            paged.PagedStep.__init__,
-            "(ends - 1)[asked]",
-            "(ends - new)[asked]",
+            BatchBuilder.on_host,
+            "ends[asked] - 1",
+            "(ends - row_new)[asked]",
         ),
         (
             "values are read from the pool of the keys",
             "fusedkv-lite",
-            attention._paged_attend,
-            "for pool in (k, v)",
-            "for pool in (k, k)",
+            PreparedModel._run,
+            "cache.values[value_source],",
+            "cache.keys[key_source],",
         ),
         (
             "an ended sequence keeps its blocks",

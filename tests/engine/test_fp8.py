@@ -8,27 +8,22 @@ from torch import Tensor
 
 from crosslayer.model import ContiguousCache, Transformer
 from crosslayer.model.fp8 import FP8, slot_scales
-from crosslayer.model.paged import BlockTable, PagedCache, PagedRow, SlotScales
+from crosslayer.model.paged import SlotScales
 from tests.conftest import tiny_config
+from tests.engine.rows import Rows
 from tests.model.checks import assert_close, difference, random_model, random_tokens
 
 PLANS = ("cla2", "fusedkv-lite", "yoco:window=5", "0,1,1,1,4,1/0,1,0,3,3,0")
 LENGTH = 24
 
 
-def paged_logits(model: Transformer, cache: PagedCache, tokens: Tensor) -> Tensor:
-    """Logits of each token, fed one at a time."""
-    logits = []
-    tables = {span: BlockTable(0, list(range(LENGTH // 4))) for span in set(cache.spans)}
-    for position, token in enumerate(tokens.tolist()):
-        step = cache.begin([PagedRow(position, 1, tables, wanted=True)])
-        logits.append(model.lm_head(model.model(torch.tensor([[token]]), step=step))[0, 0])
-    return torch.stack(logits)
+def make_rows(model: Transformer) -> Rows:
+    return Rows(model, 1, 4, LENGTH, dtype=FP8, scales=slot_scales(model))
 
 
-def make_cache(model: Transformer) -> PagedCache:
-    blocks = dict.fromkeys({slot.capacity(LENGTH) for slot in model.config.plan.slots}, LENGTH // 4)
-    return PagedCache(model.config, blocks, 4, LENGTH, dtype=FP8, scales=slot_scales(model))
+def one_by_one(rows: Rows, tokens: Tensor) -> Tensor:
+    """Logits of each token of [1, T], fed one at a time."""
+    return torch.cat([rows.feed(tokens, [1], [True]) for _ in tokens[0]])
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-3, 300.0])
@@ -47,8 +42,9 @@ def test_what_is_stored_is_near_what_was_meant(plan: str, magnitude: float) -> N
     exact = ContiguousCache(model.config, 1, LENGTH)
     for position in range(LENGTH):
         model(tokens[:, position : position + 1], cache=exact)
-    cache = make_cache(model)
-    logits = paged_logits(model, cache, tokens[0])
+    rows = make_rows(model)
+    logits = one_by_one(rows, tokens)
+    cache = rows.cache
     # The lowest layer's keys and values do not depend on what is read from the cache.
     for pools, scales, buffers in (
         (cache.keys, cache.scales.keys, exact.keys),
@@ -70,23 +66,23 @@ def test_scales_come_in_where_they_belong() -> None:
     """A cache in float32 with scales gives what one without gives: powers of two lose nothing."""
     model = random_model(tiny_config("fusedkv-lite"))
     tokens = random_tokens(model, 1, LENGTH)
-    blocks = {LENGTH: LENGTH // 4}
     plan = model.config.plan
     scales = SlotScales(
         {owner: 2.0 ** (owner - 2) for owner in plan.key_slots},
         {owner: 2.0 ** (3 - owner) for owner in plan.value_slots},
     )
-    cache = PagedCache(model.config, blocks, 4, LENGTH, scales=scales)
-    assert_close(paged_logits(model, cache, tokens[0]), model(tokens)[0], "scaled")
+    rows = Rows(model, 1, 4, LENGTH, scales=scales)
+    assert_close(one_by_one(rows, tokens), model(tokens)[0], "scaled")
 
 
 @torch.no_grad()
 def test_what_is_too_large_is_clipped() -> None:
     model = random_model(tiny_config("cla2"))
-    cache = make_cache(model)
+    scales = slot_scales(model)
     for parameter in (model.model.layers[0].self_attn.k_proj.weight, model.model.layers[0].self_attn.v_proj.weight):
         parameter.mul_(1000)
-    logits = paged_logits(model, cache, random_tokens(model, 1, LENGTH)[0])
-    assert logits.isfinite().all()
-    for pool in (cache.keys[0], cache.values[0]):
-        assert pool.float().abs().max() == 448
+    rows = Rows(model, 1, 4, LENGTH, dtype=FP8, scales=scales)
+    assert one_by_one(rows, random_tokens(model, 1, LENGTH)).isfinite().all()
+    for pool in (rows.cache.keys[0], rows.cache.values[0]):
+        tables = rows.sequences[0].tables[rows.cache.spans[0]]
+        assert pool[tables.blocks].float().abs().max() == 448

@@ -1,0 +1,167 @@
+"""A step's sequences as one flat batch of tensors, which reach the device in a single copy.
+
+The new tokens of all sequences lie one after the other. Prompts and single tokens then share every matrix product
+without padding, which is also the form in which attention kernels for ragged batches want it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosslayer.engine.scheduler import Scheduled
+from crosslayer.kernels.paged_attention import AttentionRows
+from crosslayer.model.paged import BlockTable, PagedCache
+
+UNKNOWN = -1  # the id of a token that was drawn but not read yet, and the place of one that is not stored
+
+
+class HostBatch(NamedTuple):
+    """A batch on the host: its arrays by name, and the most tokens that a sequence gains."""
+
+    arrays: dict[str, np.ndarray]
+    most_new: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N new tokens of R sequences, of which n have their logits asked for.
+
+    `ids` [N] are `UNKNOWN` where the token is the one last drawn in its slot; `slots` [N] says in which. `places[span]`
+    [N] is where each token's keys and values go in the span's pools, counted in tokens; `rows[span]` is how the tokens
+    look at them. `wanted` [n] numbers the tokens whose logits are asked for, None: all of them; `wanted_rows[span]` is
+    how these look at the pools when they alone are left. All int64, on the device.
+    """
+
+    ids: Tensor
+    slots: Tensor
+    positions: Tensor
+    places: Mapping[int, Tensor]
+    rows: Mapping[int, AttentionRows]
+    wanted: Tensor | None
+    wanted_rows: Mapping[int, AttentionRows]
+
+    @property
+    def drawing_slots(self) -> Tensor:
+        return self.slots if self.wanted is None else self.slots[self.wanted]
+
+
+class BatchBuilder:
+    """Makes batches for a cache, and keeps the tables of up to `max_running` sequences from step to step.
+
+    A slot beyond those is for the rows that fill up a CUDA graph.
+    """
+
+    def __init__(self, cache: PagedCache, max_running: int) -> None:
+        self.cache = cache
+        self.filler_slot = max_running
+        self._tables = {span: _Tables(max_running + 1) for span in sorted(set(cache.spans))}
+
+    def on_host(self, step: Sequence[Scheduled], num_rows: int | None = None) -> HostBatch:
+        """Describe a step. With `num_rows`, for steps in which every sequence gains one token and has its logits asked
+        for, there are that many rows, and tables with room for any sequence: the shapes depend on nothing else."""
+        ids: list[int] = []
+        slots, starts, new, draws = [], [], [], []
+        for item in step:
+            sequence, start = item.sequence, item.sequence.num_cached
+            known = sequence.tokens[start : start + item.new]
+            ids += known
+            if len(known) < item.new:
+                ids.append(UNKNOWN)
+            slots.append(sequence.slot)
+            starts.append(start)
+            new.append(item.new)
+            draws.append(item.draws)
+        filler = 0 if num_rows is None else num_rows - len(step)
+        row_slots = np.array(slots + [self.filler_slot] * filler)
+        row_starts = np.array(starts + [0] * filler)
+        row_new = np.array(new + [1] * filler)
+        ends = row_new.cumsum()
+        row_of = np.arange(len(row_new)).repeat(row_new)
+        positions = np.arange(len(row_of)) - (ends - row_new - row_starts)[row_of]
+        lengths = (row_starts + row_new).astype(np.int32)
+        lengths[len(step) :] = 0
+        arrays = {
+            "ids": np.array(ids + [0] * filler),
+            "slots": row_slots[row_of],
+            "positions": positions,
+            "starts": np.concatenate(([0], ends)).astype(np.int32),
+            "lengths": lengths,
+        }
+        asked = None if all(draws) and len(ids) == len(step) else np.flatnonzero(draws)
+        if asked is not None:
+            arrays["wanted"] = ends[asked] - 1
+            arrays["wanted starts"] = np.arange(len(asked) + 1, dtype=np.int32)
+            arrays["wanted lengths"] = lengths[asked]
+        size = self.cache.block_size
+        for span, tables in self._tables.items():
+            tables.follow((item.sequence.slot, item.sequence.tables[span]) for item in step)
+            table, firsts = tables.of(row_slots, None if num_rows is None else self.cache.blocks_of_row(span))
+            blocks = table[row_of, positions // size - firsts[row_of]].astype(np.int64)
+            places = blocks * size + positions % size
+            places[len(ids) :] = UNKNOWN
+            arrays |= {f"places {span}": places, f"firsts {span}": firsts, f"tables {span}": table}
+            if asked is not None:
+                arrays |= {f"wanted firsts {span}": firsts[asked], f"wanted tables {span}": table[asked]}
+        return HostBatch(arrays, int(row_new.max()))
+
+    def on_device(self, host: HostBatch, arrays: Mapping[str, Tensor]) -> Batch:
+        """The batch, where its arrays are on the device already."""
+
+        def rows(kind: str, most_queries: int) -> dict[int, AttentionRows]:
+            return {
+                span: AttentionRows(
+                    arrays[f"{kind}starts"],
+                    arrays[f"{kind}lengths"],
+                    arrays[f"{kind}tables {span}"],
+                    arrays[f"{kind}firsts {span}"],
+                    most_queries,
+                )
+                for span in self._tables
+            }
+
+        all_rows, wanted = rows("", host.most_new), arrays.get("wanted")
+        return Batch(
+            ids=arrays["ids"],
+            slots=arrays["slots"],
+            positions=arrays["positions"],
+            places={span: arrays[f"places {span}"] for span in self._tables},
+            rows=all_rows,
+            wanted=wanted,
+            wanted_rows=all_rows if wanted is None else rows("wanted ", 1),
+        )
+
+
+class _Tables:
+    """The block tables of one span as a matrix with a row per slot, which follows the sequences' own lists."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._blocks = np.zeros((num_slots, 1), dtype=np.int32)
+        self._firsts = np.zeros(num_slots, dtype=np.int32)
+        self._counts = [0] * num_slots
+        self._seen: list[tuple[BlockTable, int] | None] = [None] * num_slots
+
+    def follow(self, tables: Iterable[tuple[int, BlockTable]]) -> None:
+        for slot, table in tables:
+            count, seen = len(table.blocks), self._seen[slot]
+            if seen is None or seen[0] is not table or seen[1] != table.first:
+                self._seen[slot] = (table, table.first)
+                self._firsts[slot], self._counts[slot] = table.first, 0
+            if (old := self._counts[slot]) != count:
+                if count > self._blocks.shape[1]:
+                    self._blocks = np.pad(self._blocks, ((0, 0), (0, count)))
+                self._blocks[slot, old:count] = table.blocks[old:]
+                self._counts[slot] = count
+
+    def of(self, slots: np.ndarray, width: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Block numbers [R, M] and first blocks [R] of some slots, M being as given or what the longest needs."""
+        if width is None:
+            width = max(self._counts[slot] for slot in slots.tolist())
+        elif width > self._blocks.shape[1]:
+            self._blocks = np.pad(self._blocks, ((0, 0), (0, width - self._blocks.shape[1])))
+        return self._blocks[slots, :width], self._firsts[slots]

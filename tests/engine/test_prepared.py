@@ -1,0 +1,137 @@
+"""The model laid out for inference, over the paged cache, against the model itself without a cache: any plan, any chunks,
+blocks wherever they happen to be free."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crosslayer.engine.batch import UNKNOWN
+from crosslayer.engine.prepared import PreparedModel
+from crosslayer.engine.scheduler import Scheduled
+from crosslayer.engine.transfer import pack, unpack
+from crosslayer.model import Transformer
+from tests.conftest import BUILDABLE, tiny_config
+from tests.engine.rows import Rows
+from tests.model.checks import assert_close, random_model, random_tokens
+from tests.model.test_random_plans import backward_plans, servable
+
+@torch.no_grad()
+def compare(model: Transformer, schedule: list[list[int]], block_size: int) -> None:
+    totals = torch.tensor(schedule).sum(dim=0).tolist()
+    tokens = random_tokens(model, len(totals), max(totals))
+    expected = model(tokens)
+    rows = Rows(model, len(totals), block_size, max(totals))
+    for number, new in enumerate(schedule):
+        # In some steps all rows ask for logits, in some a few or none do.
+        wanted = [number % 3 == 0 or (row + number) % 2 == 0 for row in range(len(totals))]
+        logits = rows.feed(tokens, new, wanted)
+        asked = [row for row, count in enumerate(new) if count and wanted[row]]
+        assert len(logits) == len(asked)
+        for row, actual in zip(asked, logits, strict=True):
+            assert_close(actual, expected[row, rows.sequences[row].num_cached - 1], f"step {number}, row {row}")
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("plan", BUILDABLE)
+def test_ragged_chunks_equal_uncached_runs(plan: str, block_size: int) -> None:
+    schedule = [[5, 1, 9], [3, 8, 0], [1, 1, 1], [0, 2, 4], [1, 1, 1], [1, 1, 1], [6, 7, 2]]
+    compare(random_model(tiny_config(plan)), schedule, block_size)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True, "attention_output_bias": True},
+        {"qk_norm": True},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "qk_norm": True, "separate_kv_norm": False},
+    ],
+)
+def test_variants_of_the_layer(changes: dict[str, bool]) -> None:
+    schedule = [[5, 1, 9], [3, 8, 0], [1, 1, 1], [1, 1, 1]]
+    compare(random_model(tiny_config("cla2", **changes)), schedule, 4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_plans_and_schedules(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 3), label="rows")
+    news = st.lists(st.integers(0, 7), min_size=rows, max_size=rows).filter(any)
+    schedule = data.draw(st.lists(news, min_size=1, max_size=5), label="new tokens per step and row")
+    max_length = max(torch.tensor(schedule).sum(dim=0).tolist())
+    plan = servable(data.draw(backward_plans(), label="plan"), max_length)
+    compare(random_model(tiny_config(plan)), schedule, data.draw(st.sampled_from([1, 2, 5]), label="block size"))
+
+
+@pytest.mark.parametrize("plan", ["cla2", "yoco:window=5", "fusedkv-lite"])
+@torch.no_grad()
+def test_rows_that_fill_up_change_nothing(plan: str) -> None:
+    """A step of a fixed number of rows, as in a CUDA graph: the shapes are always the same, and so are the pools."""
+    model = random_model(tiny_config(plan))
+    tokens = random_tokens(model, 3, 30)
+    plain, filled = (Rows(model, 3, 4, 30) for _ in range(2))
+    for rows in (plain, filled):
+        rows.feed(tokens, [7, 2, 5], [False] * 3)
+    shapes = set()
+    for new in ([1, 1, 1], [1, 0, 1], [0, 1, 0], *([1, 1, 1] for _ in range(8))):
+        expected = plain.feed(tokens, new, [True] * 3)
+        actual = filled.feed(tokens, new, [True] * 3, num_rows=5)
+        assert len(actual) == 5
+        assert_close(actual[: sum(new)], expected, str(new))
+        for ours, theirs in zip(filled.cache.keys.values(), plain.cache.keys.values(), strict=True):
+            assert torch.equal(ours, theirs)
+        host = filled.builder.on_host([Scheduled(s, 1) for s, n in zip(filled.sequences, new, strict=True) if n], 5)
+        shapes.add(tuple((name, array.shape, str(array.dtype)) for name, array in host.arrays.items()))
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("plan", ["yoco:window=5", "cla2", "suffix:3", "identity"])
+@torch.no_grad()
+def test_layers_above_the_cut_run_for_wanted_tokens_only(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(tiny_config(plan))
+    cut = model.config.plan.prefill_cut
+    assert cut == {"yoco:window=5": 4, "cla2": 5, "suffix:3": 3, "identity": 6}[plan]
+    tokens, seen = random_tokens(model, 3, 12), []
+    run = PreparedModel._run
+    monkeypatch.setattr(PreparedModel, "_run", lambda *a: (seen.append(len(a[2])), run(*a)))
+    rows = Rows(model, 3, 4, 12)
+    for new, wanted, expected in (
+        ([7, 5, 9], [False, True, True], 2),
+        ([1, 7, 1], [False, False, False], 0),
+        ([1, 0, 1], [True, True, True], 2),
+    ):
+        assert len(rows.feed(tokens, new, wanted)) == expected
+        assert seen == [sum(new)] * cut + [expected] * (6 - cut if expected else 0)
+        seen.clear()
+
+
+def test_a_token_that_is_not_known_yet_is_marked() -> None:
+    model = random_model(tiny_config("cla2"))
+    rows = Rows(model, 2, 4, 12)
+    tokens = random_tokens(model, 2, 12)
+    rows.feed(tokens, [3, 5], [True, True])
+    first, second = rows.sequences
+    second.tokens.append(7)
+    first.num_pending = 1
+    for sequence in rows.sequences:
+        for table in sequence.tables.values():
+            table.blocks += [50 + sequence.slot] * (table.end * 4 <= sequence.num_cached)
+    host = rows.builder.on_host([Scheduled(first, 1), Scheduled(second, 1)])
+    assert host.arrays["ids"].tolist() == [UNKNOWN, 7]
+    assert host.arrays["slots"].tolist() == [0, 1]
+    assert host.arrays["positions"].tolist() == [3, 5]
+
+
+def test_one_copy_brings_all_arrays() -> None:
+    model = random_model(tiny_config("yoco:window=5"))
+    rows = Rows(model, 3, 4, 30)
+    rows.feed(random_tokens(model, 3, 30), [7, 0, 5], [True, False, False])
+    step = [Scheduled(sequence, 1) for sequence in (rows.sequences[0], rows.sequences[2])]
+    for sequence in rows.sequences:
+        sequence.tokens += [1, 2]
+    arrays = rows.builder.on_host(step).arrays
+    for name, tensor in unpack(pack(arrays, pinned=False), arrays).items():
+        assert torch.equal(tensor, torch.from_numpy(arrays[name]))
