@@ -32,7 +32,7 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.max_length = config.max_length or model.config.max_position_embeddings
-        self.runner = Runner(model, config, self.max_length)
+        self.runner = Runner(model, config, self.max_length, model.lm_head.weight.device)
         self.blocks = BlockManager(
             self.runner.cache.num_blocks, config.block_size, self.max_length, prefix_caching=config.prefix_caching
         )
@@ -137,10 +137,10 @@ class Engine:
             return []
         drawing = [item.sequence for item in scheduled if item.draws]
         try:
-            logits = self.runner.run(scheduled)
+            draws = self.runner.launch(scheduled)
             for item in scheduled:
                 self.scheduler.computed(item)
-            drawn = draw(logits, drawing)
+            drawn = draws.result()
             return [self._advance(sequence, *result) for sequence, result in zip(drawing, drawn, strict=True)]
         except BaseException:
             self.blocks.forget_contents()

@@ -133,6 +133,8 @@ class Sequence:
     num_prefix: int | None = None
     tables: dict[int, BlockTable] = field(default_factory=dict)
     digests: list[bytes] = field(default_factory=list)
+    slot: int = -1
+    num_pending: int = 0
 
     @property
     def num_output(self) -> int:

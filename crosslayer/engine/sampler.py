@@ -124,3 +124,12 @@ def _logprobs(logits: Tensor, tokens: Tensor, rows: list[Sequence]) -> list[Toke
             top = list(zip(ids[place], values[place], strict=True))[: rows[number].request.params.logprobs]
             result[number] = TokenLogprobs(drawn[place], tuple(top))
     return result
+
+
+class Draws:
+    def __init__(self, logits, rows):
+        self._r = draw(logits, rows)
+        self.tokens = torch.tensor([t for t, _ in self._r], dtype=torch.int64)
+
+    def result(self):
+        return self._r

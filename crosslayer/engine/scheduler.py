@@ -23,7 +23,7 @@ class Scheduled(NamedTuple):
     @property
     def draws(self) -> bool:
         """Whether the step reaches the sequence's last token, so that the next one is drawn."""
-        return self.sequence.num_cached + self.new == len(self.sequence.tokens)
+        return self.sequence.num_cached + self.new == len(self.sequence.tokens) + self.sequence.num_pending
 
 
 class Scheduler:
