@@ -1,13 +1,13 @@
-"""The model over the paged cache: a step's sequences in, logits out. Everything that touches the device is here."""
+"""The model over the paged cache: a step's sequences in, their next tokens out. Everything that touches the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from crosslayer.engine.config import EngineConfig
+from crosslayer.engine.sampler import Draws, draw
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.model import Transformer
 from crosslayer.model.fp8 import FP8, slot_scales
@@ -21,6 +21,8 @@ GPU_CACHE_SHARE = 0.85
 class Runner:
     """A model, on its device and in its own precision, and the cache that it fills.
 
+    `overlaps`: a step that was launched is not done yet, so that it pays to launch the next one before it is.
+
     Raises:
         UserError: the cache is too small, or a layer's keys and values are kept for different numbers of tokens.
     """
@@ -29,6 +31,7 @@ class Runner:
         self.model = model.eval()
         weight, block_size = model.lm_head.weight, config.block_size
         self.device = weight.device
+        self.overlaps = self.device.type == "cuda"
         fp8 = config.cache_dtype == "fp8"
         dtype = FP8 if fp8 else weight.dtype
         sequence = sequence_bytes(model.config, block_size, max_length, dtype)
@@ -38,6 +41,7 @@ class Runner:
         self.cache = PagedCache(
             model.config, num_blocks, block_size, max_length, dtype=dtype, device=self.device, scales=scales
         )
+        self._last_tokens = torch.zeros(config.max_running, dtype=torch.int64, device=self.device)  # by slot
 
     def _free_memory(self, sequence: int) -> int:
         if self.device.type != "cuda":
@@ -45,13 +49,28 @@ class Runner:
         return int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
 
     @torch.inference_mode()
-    def run(self, step: Sequence[Scheduled]) -> Tensor:
-        """Put the new tokens of a step through the model; logits [R, vocab_size] for the R sequences that draw."""
-        rows, ids = [], []
+    def launch(self, step: Sequence[Scheduled]) -> Draws:
+        """Put the new tokens of a step through the model and draw the next ones, without waiting for a GPU.
+
+        Blocks and tokens of the sequences are read before it returns. A token that is still pending is the one that the
+        sequence's slot drew last.
+        """
+        rows, ids, pending = [], [], []
         for item in step:
             sequence, start = item.sequence, item.sequence.num_cached
             rows.append(PagedRow(start, item.new, sequence.tables, item.draws))
-            ids += sequence.tokens[start : start + item.new]
-        hidden = self.model.model(torch.tensor([ids], device=self.device), step=self.cache.begin(rows))
-        logits: Tensor = self.model.lm_head(hidden[0])
-        return logits
+            known = sequence.tokens[start : start + item.new]
+            ids += known
+            if len(known) < item.new:
+                pending.append((len(ids), sequence.slot))
+                ids.append(0)
+        batch = torch.tensor(ids, device=self.device)
+        if pending:
+            places, slots = torch.tensor(pending, device=self.device).unbind(1)
+            batch[places] = self._last_tokens[slots]
+        hidden = self.model.model(batch[None], step=self.cache.begin(rows))
+        drawing = [item.sequence for item in step if item.draws]
+        drawn = draw(self.model.lm_head(hidden[0]), drawing)
+        slots = torch.tensor([sequence.slot for sequence in drawing], dtype=torch.int64, device=self.device)
+        self._last_tokens[slots] = drawn.tokens
+        return Draws(drawn)
