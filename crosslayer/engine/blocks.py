@@ -100,51 +100,68 @@ class BlockManager:
             for block in held:
                 pool.hold(block)
             sequence.tables[span] = BlockTable(first, held)
+        sequence.room = sequence.num_cached
+        sequence.trim_at = self._next_trim(sequence)
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether all tokens of the sequence would fit, now. Windows are left out: their old blocks come free."""
         pool = self._whole
-        return pool is None or self._missing(sequence, self.max_length, len(sequence.tokens)) <= pool.num_free
+        return pool is None or self._missing(sequence, len(sequence.tokens)) <= pool.num_free
 
     def grow(self, sequence: Sequence, length: int) -> bool:
-        """Take the blocks for the first `length` tokens of the sequence; False, and nothing taken, if they are not
-        there. Blocks that the coming step fills can be found at once: the step stores before it reads."""
-        missing = {span: self._missing(sequence, span, length) for span in self.pools}
-        if any(count > self.pools[span].num_free for span, count in missing.items()):
+        """Take the blocks for the first `length` tokens of a sequence that has `room` for fewer; False, and nothing
+        taken, if they are not there.
+
+        This is also when full blocks get their names, those that the coming step fills among them: it stores before it
+        reads. A block that ends with a token still pending waits for the next time.
+        """
+        missing = self._missing(sequence, length)
+        if any(missing > pool.num_free for pool in self.pools.values()):
             return False
-        filled = range(sequence.num_cached // self.block_size, length // self.block_size if self.prefix_caching else 0)
-        self._name_blocks(sequence, filled.stop)
+        named = max(sequence.num_cached - 1, 0) // self.block_size  # those before this one are
+        full = min(length, len(sequence.tokens)) // self.block_size if self.prefix_caching else 0
+        self._name_blocks(sequence, full)
         for span, pool in self.pools.items():
             table = sequence.tables[span]
-            table.blocks += [pool.take() for _ in range(missing[span])]
-            for number in filled:
+            table.blocks += [pool.take() for _ in range(missing)]
+            for number in range(max(named, table.first), full):
                 pool.name(table.blocks[number - table.first], sequence.digests[number])
+        sequence.room += missing * self.block_size
         return True
 
     def trim(self, sequence: Sequence) -> None:
-        """Release the blocks that no window reaches from the next token on."""
-        for span, pool in self.pools.items():
+        """Release the blocks that no window reaches from the next token on; due at `trim_at`."""
+        for span, pool in self._windows.items():
             table = sequence.tables[span]
             behind = self._first_needed(span, sequence.num_cached) - table.first
             for block in table.blocks[:behind]:
                 pool.release(block)
             del table.blocks[:behind]
             table.first += behind
+        sequence.trim_at = self._next_trim(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from a sequence, which must be computed anew if it is to go on."""
         for span, table in sequence.tables.items():
             for block in reversed(table.blocks):  # a prefix is of use without its end, but not the other way round
                 self.pools[span].release(block)
-        sequence.tables, sequence.num_cached = {}, 0
+        sequence.tables, sequence.num_cached, sequence.room = {}, 0, 0
 
     def forget_contents(self) -> None:
         """After a failed step, nobody knows what its blocks hold."""
         for pool in self.pools.values():
             pool.forget_all()
 
-    def _missing(self, sequence: Sequence, span: int, length: int) -> int:
-        return max(0, -(-length // self.block_size) - sequence.tables[span].end)
+    def _missing(self, sequence: Sequence, length: int) -> int:
+        """Blocks of each span that a sequence lacks for its first `length` tokens; its tables all end alike."""
+        return (length - sequence.room + self.block_size - 1) // self.block_size
+
+    def _next_trim(self, sequence: Sequence) -> int:
+        """At how many tokens in the cache the next block is behind a window; beyond any number without windows."""
+        size = self.block_size
+        return min(
+            ((sequence.tables[span].first + 1) * size + span - 1 for span in self._windows), default=self.max_length + 1
+        )
 
     def _first_needed(self, span: int, position: int) -> int:
         """The number of the block with the oldest token that one at `position` looks at."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Mapping
+
+import torch
 
 from crosslayer.data import Tokenizer
 from crosslayer.engine.blocks import BlockManager
 from crosslayer.engine.config import EngineConfig
 from crosslayer.engine.request import FinishReason, Output, Request, Sequence, TokenLogprobs
 from crosslayer.engine.runner import Runner
-from crosslayer.engine.sampler import draw
-from crosslayer.engine.scheduler import Scheduler
+from crosslayer.engine.sampler import Draws
+from crosslayer.engine.scheduler import Scheduled, Scheduler
 from crosslayer.engine.text import TextStream
 from crosslayer.errors import UserError
 from crosslayer.model import Transformer
@@ -20,24 +23,31 @@ from crosslayer.model import Transformer
 class Engine:
     """Continues many requests at once. Not safe for threads: one caller adds, steps and aborts.
 
-    Without a `tokenizer` it works on token ids alone, and texts are empty.
+    Without a `tokenizer` it works on token ids alone, and texts are empty. `device` is where it runs, None: where the
+    model is. Its weights are copies, so on another device the model need not stay.
 
     Raises:
         UserError: the cache is too small, or a layer's keys and values are kept for different numbers of tokens.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.max_length = config.max_length or model.config.max_position_embeddings
-        self.runner = Runner(model, config, self.max_length, model.lm_head.weight.device)
+        self.runner = Runner(model, config, self.max_length, torch.device(device or model.lm_head.weight.device))
         self.blocks = BlockManager(
             self.runner.cache.num_blocks, config.block_size, self.max_length, prefix_caching=config.prefix_caching
         )
         self.scheduler = Scheduler(self.blocks, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         self._samples: dict[str, list[Sequence]] = {}  # those that have not ended, by request
+        self._launched: deque[tuple[list[Scheduled], Draws]] = deque()  # steps whose tokens were not collected yet
 
     @property
     def cache_tokens(self) -> int:
@@ -66,7 +76,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._samples)
+        """Whether there are requests, or steps that were launched for some and are not collected."""
+        return bool(self._samples or self._launched)
 
     @property
     def request_ids(self) -> set[str]:
@@ -81,7 +92,7 @@ class Engine:
                 without a tokenizer cannot give.
         """
         limit = self.check(request)
-        params, config = request.params, self.runner.model.config
+        params, config = request.params, self.runner.config
         stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else config.eos_token_ids)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._samples[request.id] = []
@@ -104,7 +115,7 @@ class Engine:
         Raises:
             UserError: as `add`.
         """
-        config, length = self.runner.model.config, len(request.prompt)
+        config, length = self.runner.config, len(request.prompt)
         if request.id in self._samples:
             raise UserError(f"request id {request.id!r} is in use")
         if not length:
@@ -126,43 +137,73 @@ class Engine:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:
-        """Run the model once and give out what came of it, at most one output per sample; nothing without work.
+        """Launch a step of the model and give out what came of one, at most one output per sample; nothing without
+        work.
+
+        Where the runner overlaps, that is the step before: while the device computes one step, this one's results are
+        worked into the sequences and the next one is scheduled. Then a sequence that ends with a token or a text takes
+        part in one step too many, whose token is dropped. Penalties need all tokens, so with them a step at a time.
 
         An exception on the way drops the requests that took part (they give their blocks back and are in the engine no
         more) and is raised again; the others go on with the next step.
         """
-        scheduled = self.scheduler.schedule()
-        if not scheduled:
-            assert not self.has_work, "requests wait for room that will never be there"
-            return []
-        drawing = [item.sequence for item in scheduled if item.draws]
+        ahead = self.runner.overlaps and not any(s.request.params.has_penalties for s in self.scheduler.running)
+        launched = (ahead or not self._launched) and self._launch()
+        assert self._launched or not self._samples, "requests wait for room that will never be there"
+        return self._collect() if len(self._launched) > (ahead and launched) else []
+
+    def _launch(self) -> bool:
+        """Launch the next step, if there is one."""
+        step = self.scheduler.schedule()
+        if not step:
+            return False
         try:
-            draws = self.runner.launch(scheduled)
-            for item in scheduled:
-                self.scheduler.computed(item)
-            drawn = draws.result()
-            return [self._advance(sequence, *result) for sequence, result in zip(drawing, drawn, strict=True)]
+            draws = self.runner.launch(step)
+            self.scheduler.launched(step)
         except BaseException:
-            self.blocks.forget_contents()
-            for item in scheduled:
-                self.abort(item.sequence.request.id)
+            self._drop(step)
             raise
+        self._launched.append((step, draws))
+        return True
+
+    def _collect(self) -> list[Output]:
+        """Wait for the oldest step, and give its tokens to those that are still there."""
+        step, draws = self._launched.popleft()
+        drawing = [item.sequence for item in step if item.draws]
+        try:
+            results = zip(drawing, draws.result(), strict=True)
+            return [self._advance(sequence, *result) for sequence, result in results if not sequence.ended]
+        except BaseException:
+            # Those that were launched since may have read what this one did not store.
+            self._drop(step, *(later for later, _ in self._launched))
+            self._launched.clear()
+            raise
+
+    def _drop(self, *steps: list[Scheduled]) -> None:
+        """End all requests that took part in failed steps. Nobody knows what the blocks hold."""
+        self.blocks.forget_contents()
+        for step in steps:
+            for item in step:
+                self.abort(item.sequence.request.id)
 
     def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Output:
         """Give a sequence its next token, and end it if that is due."""
-        request, given = sequence.request, token not in sequence.stop_ids
-        reason: FinishReason | None = None if given else "stop"
-        text = ""
+        request, text_stream, text = sequence.request, sequence.text, ""
+        reason: FinishReason | None = None
+        sequence.num_pending -= 1
+        given = token not in sequence.stop_ids
         if given:
             sequence.tokens.append(token)
             if len(sequence.tokens) == sequence.limit:
                 reason = "length"
-        if sequence.text is not None:
+        else:
+            reason = "stop"
+        if text_stream is not None:
             if given:
-                text = sequence.text.push(token, may_stop=sequence.num_output >= request.params.min_tokens)
+                text = text_stream.push(token, may_stop=sequence.num_output >= request.params.min_tokens)
             if reason:
-                text += sequence.text.finish()
-            if sequence.text.stopped:
+                text += text_stream.finish()
+            if text_stream.stopped:
                 reason = "stop"
         if reason:
             self._end(sequence)
@@ -172,6 +213,7 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
+        sequence.ended = True
         samples = self._samples[sequence.request.id]
         samples.remove(sequence)
         if not samples:

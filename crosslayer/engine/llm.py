@@ -98,6 +98,8 @@ class LLM:
         finally:
             for name in ids:
                 self.engine.abort(name)
+            while self.engine.has_work:  # what was launched for them
+                self.engine.step()
 
     def _params(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from crosslayer.engine.text import TextStream
@@ -73,9 +74,14 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError(f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}")
 
-    @property
+    @cached_property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is all that is asked for."""
+        return not (self.temperature or self.has_penalties or self.min_tokens or self.logprobs is not None)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: there is one for each token, and that would make it three times as slow
 class Output:
     """What one step adds to sample `index` of a request.
 
@@ -113,13 +119,19 @@ class Output:
     num_prefix: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One sample of a request on its way: its tokens, how many of them are in the cache, and in which blocks.
 
     `tokens` are the prompt's and those drawn so far, `limit` is how many there may be; `text` is None in an engine
-    without a tokenizer. `tables` hold blocks by span; `digests` name the contents of full blocks (see `blocks`).
+    without a tokenizer. `num_pending` more tokens are drawn by steps that were launched, but not known here yet.
+
+    While it runs it has a `slot` of its own, below `max_running`, in which the device keeps the token it drew last; -1
+    while it waits and when it has ended. `num_cached` tokens are in the cache once the steps launched are done.
     `num_prefix` tokens of the prompt were in the cache when the sequence first came to run (None: it has not).
+
+    `blocks` looks after the rest: `tables` hold blocks by span, with room for the first `room` tokens, and from
+    `trim_at` tokens in the cache on one of them is behind its window; `digests` name the contents of full blocks.
     """
 
     request: Request
@@ -129,13 +141,17 @@ class Sequence:
     stop_ids: frozenset[int]
     text: TextStream | None
     tokens: list[int]
+    num_pending: int = 0
+    slot: int = -1
+    ended: bool = False
     num_cached: int = 0
     num_prefix: int | None = None
     tables: dict[int, BlockTable] = field(default_factory=dict)
+    room: int = 0
+    trim_at: int = 0
     digests: list[bytes] = field(default_factory=list)
-    slot: int = -1
-    num_pending: int = 0
 
     @property
     def num_output(self) -> int:
+        """Tokens drawn and known."""
         return len(self.tokens) - len(self.request.prompt)

@@ -11,7 +11,7 @@ from crosslayer.engine.batch import UNKNOWN, Batch, BatchBuilder
 from crosslayer.engine.config import EngineConfig
 from crosslayer.engine.graphs import GraphedStep, graph_sizes
 from crosslayer.engine.prepared import PreparedModel
-from crosslayer.engine.sampler import Draws
+from crosslayer.engine.sampler import Draws, draw
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.engine.transfer import pack, unpack
 from crosslayer.model import Transformer
@@ -55,7 +55,11 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, step: Sequence[Scheduled]) -> Draws:
-        """Put the new tokens of a step through the model, and draw a token for each sequence that is complete."""
+        """Put the new tokens of a step through the model, and draw a token for each sequence that is complete.
+
+        On a GPU this returns before any of it is done; what it needs of the sequences has been read by then. A token that
+        the host does not know yet is the one that its sequence's slot drew last.
+        """
         drawing = [item.sequence for item in step if item.draws]
         size = None
         if len(drawing) == sum(item.new for item in step):
@@ -68,9 +72,9 @@ class Runner:
         else:
             batch = self._graphs[size].batch
             logits = self._graphs[size](host)[: len(drawing)]
-        draws = Draws(logits, drawing)
-        self._last.index_copy_(0, batch.drawing_slots[: len(drawing)], draws.tokens)
-        return draws
+        drawn = draw(logits, drawing)
+        self._last.index_copy_(0, batch.drawing_slots[: len(drawing)], drawn.tokens)
+        return Draws(drawn)
 
     def _logits(self, batch: Batch) -> Tensor:
         ids = torch.where(batch.ids == UNKNOWN, self._last[batch.slots], batch.ids)

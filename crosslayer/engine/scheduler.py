@@ -15,25 +15,25 @@ from crosslayer.engine.request import Sequence
 
 
 class Scheduled(NamedTuple):
-    """A sequence and how many of its tokens, from `num_cached` on, go through the model."""
+    """A sequence and how many of its tokens, from `num_cached` on, go through the model.
+
+    `draws`: that is as far as its last token, so that the next one is drawn.
+    """
 
     sequence: Sequence
     new: int
-
-    @property
-    def draws(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that the next one is drawn."""
-        return self.sequence.num_cached + self.new == len(self.sequence.tokens) + self.sequence.num_pending
+    draws: bool
 
 
 class Scheduler:
-    """Queues of sequences over one BlockManager. `running` is in order of arrival."""
+    """Queues of sequences over one BlockManager. `running` is in order of arrival, and its values mean nothing."""
 
     def __init__(self, blocks: BlockManager, *, max_running: int, max_step_tokens: int) -> None:
         self.blocks = blocks
-        self.max_running, self.max_step_tokens = max_running, max_step_tokens
+        self.max_step_tokens = max_step_tokens
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[Sequence, None] = {}  # a dict, because many may end in one step
+        self._free_slots = list(range(max_running))
         self.num_preemptions = 0
         self.num_prefix_tokens = 0  # found in the cache instead of computed
 
@@ -41,54 +41,77 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """Choose the next step, and take the blocks it needs. Empty only when there is nothing to do."""
+        """Choose the next step, and take the blocks it needs.
+
+        Empty only when there is nothing to do, or not before the tokens of launched steps are known.
+        """
         step: list[Scheduled] = []
         budget = self.max_step_tokens
-        waited = self.num_preemptions
-        while budget and len(step) < len(self.running):
-            sequence = self.running[len(step)]
-            new = self._next_tokens(sequence, budget)
-            while not self.blocks.grow(sequence, sequence.num_cached + new):
-                last = self.running.pop()
-                self._preempt(last)
-                if last is sequence:
-                    break
-            else:
-                step.append(Scheduled(sequence, new))
-                budget -= new
+        preempted = self.num_preemptions
+        for sequence in list(self.running):
+            if not budget or sequence.slot < 0:  # preempted, and all after it
+                break
+            if len(sequence.tokens) + sequence.num_pending == sequence.limit:
+                continue
+            item = self._next_tokens(sequence, budget)
+            end = sequence.num_cached + item.new
+            if end <= sequence.room or self._make_room(sequence, end):
+                step.append(item)
+                budget -= item.new
         # Those who had to give way come first, when there is room again.
-        while budget and self.waiting and len(self.running) < self.max_running and waited == self.num_preemptions:
+        while budget and self.waiting and self._free_slots and preempted == self.num_preemptions:
             sequence = self.waiting[0]
+            if sequence.num_pending:  # a step failed before this token of an earlier one was there
+                break
             self.blocks.attach_prefix(sequence)
-            new = self._next_tokens(sequence, budget)
-            if not (self.blocks.has_room(sequence) and self.blocks.grow(sequence, sequence.num_cached + new)):
+            item = self._next_tokens(sequence, budget)
+            if not (self.blocks.has_room(sequence) and self.blocks.grow(sequence, sequence.num_cached + item.new)):
                 self.blocks.release(sequence)
                 break
             self.num_prefix_tokens += sequence.num_cached
             if sequence.num_prefix is None:  # what it finds after a preemption may be its own
                 sequence.num_prefix = sequence.num_cached
-            self.running.append(self.waiting.popleft())
-            step.append(Scheduled(sequence, new))
-            budget -= new
+            sequence.slot = self._free_slots.pop()
+            self.running[self.waiting.popleft()] = None
+            step.append(item)
+            budget -= item.new
         return step
 
-    def computed(self, item: Scheduled) -> None:
-        """Take note that the keys and values of a step's tokens are in the cache."""
-        item.sequence.num_cached += item.new
-        self.blocks.trim(item.sequence)
+    def launched(self, step: list[Scheduled]) -> None:
+        """Take note that a step is on its way: what is launched after it finds its keys and values in the cache."""
+        for sequence, new, draws in step:
+            sequence.num_cached += new
+            sequence.num_pending += draws
+            if sequence.num_cached >= sequence.trim_at:
+                self.blocks.trim(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence has ended, or is not wanted any more."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
+        if sequence.slot < 0:
             self.waiting.remove(sequence)
-        self.blocks.release(sequence)
+        else:
+            del self.running[sequence]
+            self._stop(sequence)
 
-    def _next_tokens(self, sequence: Sequence, budget: int) -> int:
-        return min(len(sequence.tokens) - sequence.num_cached, budget, self.blocks.max_new)
+    def _next_tokens(self, sequence: Sequence, budget: int) -> Scheduled:
+        left = len(sequence.tokens) + sequence.num_pending - sequence.num_cached
+        new = min(left, budget, self.blocks.max_new)
+        return Scheduled(sequence, new, new == left)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _make_room(self, sequence: Sequence, length: int) -> bool:
+        """Blocks for the first `length` tokens, from those that came later; False if the sequence itself gave way."""
+        while not self.blocks.grow(sequence, length):
+            last, _ = self.running.popitem()
+            self._stop(last)
+            self.waiting.appendleft(last)
+            self.num_preemptions += 1
+            if last is sequence:
+                return False
+        return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take blocks and slot from a sequence that ran. A step that was launched may still use them: the device works
+        in order, so whoever gets them next writes after it."""
         self.blocks.release(sequence)
-        self.waiting.appendleft(sequence)
-        self.num_preemptions += 1
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1

@@ -71,9 +71,8 @@ class Rows:
                 while table.end * size < start + count:
                     place = self.random.randrange(len(self.free[span]))
                     table.blocks.append(self.free[span].pop(place))
-            # A sequence that has more tokens than the step covers does not draw.
-            sequence.tokens = row[: start + count] + ([] if draws else [0])
-            step.append(Scheduled(sequence, count))
+            sequence.tokens = row[: start + count]
+            step.append(Scheduled(sequence, count, draws))
         host = self.builder.on_host(step, num_rows)
         packed = pack(host.arrays, pinned=False).to(self.cache.device)
         batch = self.builder.on_device(host, unpack(packed, host.arrays))

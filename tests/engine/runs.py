@@ -21,13 +21,17 @@ def model_of(plan: str, **changes: int) -> Transformer:
     return random_model(tiny_config(plan, **changes))
 
 
-def small_engine(model: Transformer, sequences: float = 3.0, max_length: int = MAX_LENGTH, **config: int) -> Engine:
-    """An engine with room for so many sequences of `max_length` tokens."""
+def small_engine(
+    model: Transformer, sequences: float = 3.0, max_length: int = MAX_LENGTH, *, overlaps: bool = False, **config: int
+) -> Engine:
+    """An engine with room for so many sequences of `max_length` tokens; `overlaps`: in the order of steps of a GPU."""
     size = config.get("block_size", 4)
     nbytes = int(sequences * sequence_bytes(model.config, size, max_length, torch.float32))
-    return Engine(
+    engine = Engine(
         model, config=EngineConfig(**{"block_size": 4, "max_length": max_length, "cache_bytes": nbytes, **config})
     )
+    engine.runner.overlaps = overlaps
+    return engine
 
 
 def run(engine: Engine, requests: Sequence[Request], arrivals: Sequence[int] = ()) -> dict[tuple[str, int], list[int]]:
@@ -78,10 +82,16 @@ def assert_nothing_held(engine: Engine) -> None:
 
 
 def check_accounts(engine: Engine) -> None:
-    """References are the numbers of tables that hold a block; blocks without any are free; names are one to one."""
+    """References are the numbers of tables that hold a block; blocks without any are free; names are one to one; so are
+    slots. All tokens are known but at most one, which a step that was launched draws."""
     scheduler = engine.scheduler
-    assert len(scheduler.running) <= engine.config.max_running
-    assert all(not sequence.tables for sequence in scheduler.waiting)
+    assert all(not sequence.tables and sequence.slot == -1 for sequence in scheduler.waiting)
+    slots = [sequence.slot for sequence in scheduler.running]
+    assert sorted(slots + scheduler._free_slots) == list(range(engine.config.max_running))
+    drawing = [item.sequence for step, _ in engine._launched for item in step if item.draws]
+    assert len(engine._launched) <= engine.runner.overlaps
+    for sequence in (*scheduler.running, *scheduler.waiting):
+        assert sequence.num_pending == drawing.count(sequence)
     for span, pool in engine.blocks.pools.items():
         held = [block for sequence in scheduler.running for block in sequence.tables[span].blocks]
         assert pool.references == [held.count(block) for block in range(len(pool.references))]
@@ -93,4 +103,4 @@ def check_accounts(engine: Engine) -> None:
                 max(0, sequence.num_cached - span + 1) // engine.blocks.block_size if span < engine.max_length else 0
             )
             assert table.first == first, "a block that no window reaches is still held"
-            assert table.end * engine.blocks.block_size >= sequence.num_cached
+            assert table.end * engine.blocks.block_size == sequence.room >= sequence.num_cached

@@ -83,7 +83,7 @@ def test_rows_that_fill_up_change_nothing(plan: str) -> None:
         assert_close(actual[: sum(new)], expected, str(new))
         for ours, theirs in zip(filled.cache.keys.values(), plain.cache.keys.values(), strict=True):
             assert_close(ours, theirs, str(new))
-        host = filled.builder.on_host([Scheduled(s, 1) for s, n in zip(filled.sequences, new, strict=True) if n], 5)
+        host = filled.builder.on_host([Scheduled(s, 1, True) for s, n in zip(filled.sequences, new, strict=True) if n], 5)
         shapes.add(tuple((name, array.shape, str(array.dtype)) for name, array in host.arrays.items()))
     assert len(shapes) == 1
 
@@ -119,7 +119,7 @@ def test_a_token_that_is_not_known_yet_is_marked() -> None:
     for sequence in rows.sequences:
         for table in sequence.tables.values():
             table.blocks += [50 + sequence.slot] * (table.end * 4 <= sequence.num_cached)
-    host = rows.builder.on_host([Scheduled(first, 1), Scheduled(second, 1)])
+    host = rows.builder.on_host([Scheduled(first, 1, True), Scheduled(second, 1, True)])
     assert host.arrays["ids"].tolist() == [UNKNOWN, 7]
     assert host.arrays["slots"].tolist() == [0, 1]
     assert host.arrays["positions"].tolist() == [3, 5]
@@ -129,9 +129,9 @@ def test_one_copy_brings_all_arrays() -> None:
     model = random_model(tiny_config("yoco:window=5"))
     rows = Rows(model, 3, 4, 30)
     rows.feed(random_tokens(model, 3, 30), [7, 0, 5], [True, False, False])
-    step = [Scheduled(sequence, 1) for sequence in (rows.sequences[0], rows.sequences[2])]
+    step = [Scheduled(sequence, 1, False) for sequence in (rows.sequences[0], rows.sequences[2])]
     for sequence in rows.sequences:
-        sequence.tokens += [1, 2]
+        sequence.tokens.append(1)
     arrays = rows.builder.on_host(step).arrays
     for name, tensor in unpack(pack(arrays, pinned=False), arrays).items():
         assert torch.equal(tensor, torch.from_numpy(arrays[name]))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crosslayer.engine import Request, SamplingParams
-from crosslayer.engine.request import Sequence
-from crosslayer.engine.sampler import draw, uniform
+from crosslayer.engine.request import Sequence, TokenLogprobs
+from crosslayer.engine.sampler import Draws, draw, uniform
 from crosslayer.errors import UserError
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.5, -3.0, 1.9, 0.0, 1.2, -0.4, 0.9, -2.0, 1.0])
@@ -33,8 +33,12 @@ def drawing(
     return Sequence(request, sample, params.seed or 0, 99, frozenset(stop_ids), None, [*request.prompt, *output])
 
 
+def results(logits: Tensor, rows: list[Sequence]) -> list[tuple[int, TokenLogprobs | None]]:
+    return Draws(draw(logits, rows)).result()
+
+
 def tokens(logits: Tensor, rows: list[Sequence]) -> list[int]:
-    return [token for token, _ in draw(logits, rows)]
+    return [token for token, _ in results(logits, rows)]
 
 
 def draws(logits: Tensor, params: SamplingParams, count: int) -> Tensor:
@@ -150,10 +154,10 @@ def test_no_row_depends_on_the_rows_beside_it() -> None:
         rows = [any_row(chance) for _ in range(7)]
         logits = torch.randn(7, 12, generator=generator)
         kept = logits.clone()
-        together = draw(logits, rows)
+        together = results(logits, rows)
         assert torch.equal(logits, kept)
         for number, row in enumerate(rows):
-            ((token, logprobs),) = draw(logits[number : number + 1], [row])
+            ((token, logprobs),) = results(logits[number : number + 1], [row])
             assert token == together[number][0]
             assert (logprobs is None) == (together[number][1] is None)
             if logprobs is not None:
@@ -194,7 +198,7 @@ def test_penalties(settings: dict[str, float], formula: Any) -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     params = SamplingParams(temperature=0.5, top_k=2, frequency_penalty=2.0, logprobs=3)
-    (token, logprobs), (_, none), (_, only) = draw(
+    (token, logprobs), (_, none), (_, only) = results(
         LOGITS.expand(3, -1),
         [drawing(params, output=[2]), drawing(SamplingParams()), drawing(SamplingParams(logprobs=0))],
     )

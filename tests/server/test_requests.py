@@ -180,12 +180,12 @@ def test_a_full_queue_refuses_and_then_takes_again(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failed_step_is_reported_and_the_next_goes_well(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     with serving(CONFIG) as live:
-        run = live.engine.runner.run
+        run = live.engine.runner.launch
 
         def fail(step: Any) -> Any:
             raise RuntimeError("no memory")
 
-        monkeypatch.setattr(live.engine.runner, "run", fail)
+        monkeypatch.setattr(live.engine.runner, "launch", fail)
         status, text = live.call("POST", "/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "stream": stream})
         if stream:  # the status has gone out already
             assert status == 200
@@ -196,7 +196,7 @@ def test_a_failed_step_is_reported_and_the_next_goes_well(monkeypatch: pytest.Mo
         assert_error(status, json.loads(text), 500, "the engine failed")
         live.settle()
         assert live.call("GET", "/health")[0] == 503
-        monkeypatch.setattr(live.engine.runner, "run", run)
+        monkeypatch.setattr(live.engine.runner, "launch", run)
         assert live.complete()[0] == 200
         assert live.call("GET", "/health") == (200, "ok\n")
         assert live.metric('crosslayer_finished_total{reason="error"}') == 2
