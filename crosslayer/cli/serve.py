@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: pip install 'crosslayer[serve]'") from None
     from crosslayer.engine import Engine, EngineConfig
+    from crosslayer.train.host import choose_device
 
     config = EngineConfig(
         cache_bytes=None if arguments.cache is None else parse_bytes(arguments.cache),
@@ -56,8 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         max_running=arguments.max_running,
     )
-    model, tokenizer, _ = load_model(arguments.model, arguments.device)
-    engine = Engine(model, tokenizer, config)
+    model, tokenizer, _ = load_model(arguments.model, "cpu")
+    engine = Engine(model, tokenizer, config, device=choose_device(arguments.device))
     service = Service(
         engine,
         tokenizer=tokenizer,

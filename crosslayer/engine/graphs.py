@@ -7,7 +7,7 @@ larger one, with rows that see nothing to fill it up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -40,8 +40,8 @@ class Completion:
 class LLM:
     """A model folder, or a model that is there already, behind an engine of its own.
 
-    `tokenizer` is that of the folder unless given. A model without one takes and gives token ids only. `device` and
-    `dtype` say where and how a folder is loaded.
+    `tokenizer` is that of the folder unless given. A model without one takes and gives token ids only. `dtype` says
+    how a folder is loaded, `device` where the engine runs (None: where the model is; with a folder, on the CPU).
 
     Raises:
         UserError: as `checkpoint.load` and `Tokenizer.load`, and as `Engine`.
@@ -53,14 +53,14 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, Transformer):
             tokenizer = tokenizer or Tokenizer.load(model)
-            model = checkpoint.load(model, device=device, dtype=dtype)
+            model = checkpoint.load(model, dtype=dtype)
         self.tokenizer = tokenizer
-        self.engine = Engine(model, tokenizer, config)
+        self.engine = Engine(model, tokenizer, config, device=device)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

@@ -96,7 +96,9 @@ class PreparedModel:
             span = cache.spans[number]
             if len(x):
                 self._run(number, x, cos, sin, batch.places[span], rows[span], cache)
-        return project_logits(x if wanted is None else x[wanted], self.lm_head, self.norm_gain, self.config.rms_norm_eps)
+        return project_logits(
+            x if wanted is None else x[wanted], self.lm_head, self.norm_gain, self.config.rms_norm_eps
+        )
 
     def _run(
         self, number: int, x: Tensor, cos: Tensor, sin: Tensor, places: Tensor, rows: AttentionRows, cache: PagedCache

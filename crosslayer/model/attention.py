@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-
 Mask = Tensor | BlockMask | None
 
 

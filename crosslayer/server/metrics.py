@@ -57,7 +57,7 @@ class _EngineState(Collector):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        config, length = engine.runner.model.config, engine.max_length
+        config, length = engine.runner.config, engine.max_length
         unshared = config.with_plan(config.plan.unshared)
         self._unshared_ratio = kv_bytes(unshared, length) / kv_bytes(config, length)
 

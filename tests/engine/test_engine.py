@@ -102,13 +102,16 @@ def test_first_come_first_served() -> None:
     assert engine.scheduler.num_preemptions > 0
 
 
-def test_prompts_and_next_tokens_share_steps_within_the_budget() -> None:
+def test_prompts_and_next_tokens_share_steps_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = small_engine(model_of("cla2"), 8, max_step_tokens=10)
     engine.add(request("short", [1, 2, 3], 20))
     engine.step()
     engine.add(request("long", range(40), 20))
     seen = []
-    engine.runner.model.model.embed_tokens.register_forward_pre_hook(lambda _, ids: seen.append(ids[0].shape[1]))
+    logits = engine.runner.model.logits
+    monkeypatch.setattr(
+        engine.runner.model, "logits", lambda batch, *rest: (seen.append(len(batch.ids)), logits(batch, *rest))[1]
+    )
     for _ in range(5):
         assert "short" in [output.request_id for output in engine.step()]
     # One token of the short one beside nine of the long one's prompt, until that is through.

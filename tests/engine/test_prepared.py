@@ -18,6 +18,7 @@ from tests.engine.rows import Rows
 from tests.model.checks import assert_close, random_model, random_tokens
 from tests.model.test_random_plans import backward_plans, servable
 
+
 @torch.no_grad()
 def compare(model: Transformer, schedule: list[list[int]], block_size: int) -> None:
     totals = torch.tensor(schedule).sum(dim=0).tolist()
@@ -83,7 +84,9 @@ def test_rows_that_fill_up_change_nothing(plan: str) -> None:
         assert_close(actual[: sum(new)], expected, str(new))
         for ours, theirs in zip(filled.cache.keys.values(), plain.cache.keys.values(), strict=True):
             assert_close(ours, theirs, str(new))
-        host = filled.builder.on_host([Scheduled(s, 1, True) for s, n in zip(filled.sequences, new, strict=True) if n], 5)
+        host = filled.builder.on_host(
+            [Scheduled(s, 1, True) for s, n in zip(filled.sequences, new, strict=True) if n], 5
+        )
         shapes.add(tuple((name, array.shape, str(array.dtype)) for name, array in host.arrays.items()))
     assert len(shapes) == 1
 
