@@ -28,7 +28,7 @@ class GraphedStep:
     """`logits(batch)` for steps of `num_rows` rows."""
 
     def __init__(
-        self, logits: Callable[[Batch], Tensor], builder: BatchBuilder, num_rows: int, memory: object | None
+        self, logits: Callable[[Batch], Tensor], builder: BatchBuilder, num_rows: int, memory: tuple[int, int]
     ) -> None:
         host = builder.on_host([], num_rows)
         self._packed = pack(host.arrays, pinned=False).to(builder.cache.device)

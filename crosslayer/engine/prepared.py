@@ -9,6 +9,7 @@ The weights are copies, in the model's precision; the results are the model's bu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from crosslayer.model.transformer import Block
 
 @dataclass(frozen=True)
 class PreparedLayer:
-    """Weights of one layer: `qkv` [(H + 0 to 2 G) D, hidden] makes queries and the keys and values that it owns, in this
-    order; `gate_up` [2 I, hidden] the gates and then what they let through."""
+    """Weights of one layer: `qkv` [(H + 0 to 2 G) D, hidden] makes queries and, where it owns them, keys and values, in
+    this order; `gate_up` [2 I, hidden] the gates and then what they let through."""
 
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -43,13 +44,13 @@ class PreparedLayer:
         kv_norm = block.kv_layernorm or block.input_layernorm
         own = [p for p in (attention.k_proj, attention.v_proj) if p is not None]
         normed = [(block.input_layernorm, attention.q_proj), *((kv_norm, projection) for projection in own)]
-        biases = [projection.bias for _, projection in normed]
+        biases = tuple(projection.bias for _, projection in normed)
 
-        def there(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().to(device)
+        def there(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device)
 
         def fold(norm: nn.RMSNorm, projection: nn.Linear) -> Tensor:
-            weight, gain = projection.weight.detach().to(device), norm.weight.detach().to(device)
+            weight, gain = there(projection.weight), there(norm.weight)
             exact = torch.promote_types(weight.dtype, torch.float32)
             return (weight.to(exact) * gain.to(exact)).to(weight.dtype)
 
@@ -59,7 +60,7 @@ class PreparedLayer:
             q_gain=None if attention.q_norm is None else there(attention.q_norm.weight),
             k_gain=None if attention.k_norm is None else there(attention.k_norm.weight),
             out=there(attention.o_proj.weight),
-            out_bias=there(attention.o_proj.bias),
+            out_bias=None if attention.o_proj.bias is None else there(attention.o_proj.bias),
             gate_up=torch.cat([fold(block.post_attention_layernorm, p) for p in (mlp.gate_proj, mlp.up_proj)]),
             down=there(mlp.down_proj.weight),
         )
@@ -73,7 +74,7 @@ class PreparedModel:
 
     def __init__(self, model: Transformer, max_length: int, device: torch.device) -> None:
         self.config = model.config
-        self.layers = [PreparedLayer.of(block, device) for block in model.model.layers]
+        self.layers = [PreparedLayer.of(cast(Block, block), device) for block in model.model.layers]
         self.lm_head = model.lm_head.weight.detach().to(device)
         self.embedding = model.model.embed_tokens.weight.detach().to(device)
         if model.config.tie_word_embeddings:
@@ -96,9 +97,8 @@ class PreparedModel:
             span = cache.spans[number]
             if len(x):
                 self._run(number, x, cos, sin, batch.places[span], rows[span], cache)
-        return project_logits(
-            x if wanted is None else x[wanted], self.lm_head, self.norm_gain, self.config.rms_norm_eps
-        )
+        x = x if wanted is None else x[wanted]
+        return project_logits(x, self.lm_head, self.norm_gain, self.config.rms_norm_eps)
 
     def _run(
         self, number: int, x: Tensor, cos: Tensor, sin: Tensor, places: Tensor, rows: AttentionRows, cache: PagedCache

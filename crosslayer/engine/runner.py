@@ -1,4 +1,4 @@
-"""The model over the paged cache: a step's sequences in, drawn tokens out. Everything that touches the device is here."""
+"""The model over the paged cache: a step's sequences in, drawn tokens out."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Runner:
     def launch(self, step: Sequence[Scheduled]) -> Draws:
         """Put the new tokens of a step through the model, and draw a token for each sequence that is complete.
 
-        On a GPU this returns before any of it is done; what it needs of the sequences has been read by then. A token that
-        the host does not know yet is the one that its sequence's slot drew last.
+        On a GPU this returns before any of it is done; what it needs of the sequences has been read by then. A token
+        that the host does not know yet is the one that its sequence's slot drew last.
         """
         drawing = [item.sequence for item in step if item.draws]
         size = None

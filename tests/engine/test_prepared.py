@@ -1,5 +1,5 @@
-"""The model laid out for inference, over the paged cache, against the model itself without a cache: any plan, any chunks,
-blocks wherever they happen to be free."""
+"""The model laid out for inference, over the paged cache, against the model itself without a cache: any plan, any
+chunks, blocks wherever they happen to be free."""
 
 from __future__ import annotations
 
