@@ -1,0 +1,205 @@
+"""The fused products of few rows against float64: in PyTorch, and the kernels on a GPU.
+
+The kernels themselves also run on the CPU, in Triton's interpreter, which has to be chosen before Triton is imported:
+so this file is its own program there, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosslayer.kernels import few_rows
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+FP8 = torch.float8_e4m3fn
+EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A projection of query heads, and of heads of keys, of values, or both."""
+
+    hidden: int
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    keys: bool = True
+    values: bool = True
+    bias: bool = False
+    pool_dtype: torch.dtype | None = None  # x's own
+    value_scale: float = 0.5
+
+    @property
+    def width(self) -> int:
+        return (self.num_heads + (self.keys + self.values) * self.num_kv_heads) * self.head_dim
+
+
+# A whole number of programs and tiles, and not; owners and readers of keys and values, alone and together.
+HEADS = (
+    Heads(64, 16, 2, 1),
+    Heads(75, 10, 3, 3, bias=True),
+    Heads(300, 46, 1, 1, keys=False),
+    Heads(8, 6, 1, 1, values=False),
+    Heads(136, 8, 3, 3, keys=False, values=False, bias=True),
+    # Some values are beyond the range of the pool.
+    Heads(64, 12, 2, 2, pool_dtype=torch.float16, value_scale=2.0**-13),
+    Heads(64, 12, 2, 2, pool_dtype=FP8, value_scale=2.0**-6),
+)
+PAPER = (
+    Heads(2048, 128, 16, 1),
+    Heads(2048, 128, 16, 1, keys=False, values=False),
+    Heads(2048, 128, 16, 1, pool_dtype=FP8),
+)
+# Rows and columns of weights.
+SIZES = ((8, 64), (7, 75), (5, 300), (1, 1))
+PAPER_SIZES = ((5472, 2048), (2048, 5472), (50304, 2048))
+COUNTS = (1, few_rows.MOST_ROWS)
+
+
+class Draw:
+    """Random tensors on a device, all there before a kernel can start to read them early."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(*shape, generator=self.generator).to(dtype or self.dtype).to(self.device)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return drawn
+
+
+def normalised(x: Tensor) -> Tensor:
+    return x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def assert_near(got: Tensor, expected: Tensor, computed: torch.dtype) -> None:
+    """Right up to the rounding of each number to its dtype, and of the sums to the dtype in which they were made."""
+    kept = torch.finfo(got.dtype)
+    sums = 50 * torch.finfo(torch.promote_types(computed, torch.float32)).eps * expected.square().mean().sqrt()
+    allowed = kept.eps * (expected.abs() + kept.smallest_normal) + sums
+    error = (got.double() - expected).abs()
+    assert (error <= allowed).all(), (error / allowed).max()
+
+
+def check_rope_store(module: ModuleType, draw: Draw, n: int, shape: Heads) -> None:
+    x, weight = draw(n, shape.hidden), draw(shape.width, shape.hidden)
+    bias = draw(shape.width) if shape.bias else None
+    cos, sin = (draw(n, shape.head_dim // 2, dtype=torch.float32) for _ in range(2))
+    pool_dtype = shape.pool_dtype or draw.dtype
+    scales = {"keys": 0.25, "values": shape.value_scale}
+    pools = {name: draw(3, 4, shape.num_kv_heads, shape.head_dim).to(pool_dtype) for name in scales}
+    before = {name: pool.clone() for name, pool in pools.items()}
+    places = torch.tensor([7, -1, 0, 11][:n], device=x.device)
+    got = module.project_rope_store(
+        x,
+        weight,
+        EPS,
+        cos,
+        sin,
+        head_dim=shape.head_dim,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        bias=bias,
+        keys=pools["keys"] if shape.keys else None,
+        values=pools["values"] if shape.values else None,
+        places=places,
+        key_scale=scales["keys"],
+        value_scale=scales["values"],
+    )
+    y = normalised(x) @ weight.double().T + (0 if bias is None else bias.double())
+    y = y.view(n, -1, shape.head_dim)
+    # A pair is a complex number, and its rotation a product.
+    half = shape.head_dim // 2
+    pairs = torch.complex(y[..., :half], y[..., half:]) * torch.complex(cos, sin)[:, None]
+    turned = torch.cat((pairs.real, pairs.imag), -1)
+    assert got.dtype == x.dtype
+    assert got.shape == (n, shape.num_heads, shape.head_dim)
+    assert_near(got, turned[:, : shape.num_heads], draw.dtype)
+    stored = {"keys": turned[:, shape.num_heads :], "values": y[:, -shape.num_kv_heads :]}
+    for name, pool in pools.items():
+        expected = before[name].double().flatten(0, 1)
+        if getattr(shape, name):
+            limit = torch.finfo(pool_dtype).max
+            new = (stored[name][:, : shape.num_kv_heads] / scales[name]).clamp(-limit, limit)
+            expected[places[places >= 0]] = new[places >= 0]
+        assert_near(pool.flatten(0, 1), expected, draw.dtype)
+        untouched = torch.ones(12, dtype=torch.bool)
+        untouched[places[places >= 0].cpu() if getattr(shape, name) else []] = False
+        kept = (pool.flatten(0, 1).float().cpu()[untouched], before[name].flatten(0, 1).float().cpu()[untouched])
+        assert torch.equal(*kept)
+
+
+def check_products(module: ModuleType, draw: Draw, n: int, rows: int, columns: int) -> None:
+    x, weight, both = draw(n, columns), draw(rows, columns), draw(2 * rows, columns)
+    gain, residual = draw(columns), draw(n, rows)
+    gate, up = (normalised(x) @ both.double().T).chunk(2, -1)
+    assert_near(module.project_swiglu(x, both, EPS), gate / (1 + (-gate).exp()) * up, draw.dtype)
+    expected = residual.double() + x.double() @ weight.double().T
+    module.project_add(x, weight, residual)
+    assert_near(residual, expected, draw.dtype)
+    logits = module.project_logits(x, weight, gain, EPS)
+    assert logits.dtype == torch.promote_types(draw.dtype, torch.float32)
+    assert_near(logits, normalised(x) * gain.double() @ weight.double().T, draw.dtype)
+
+
+@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rope_store_in_pytorch(dtype: torch.dtype, shape: Heads, n: int) -> None:
+    check_rope_store(few_rows, Draw("cpu", dtype), n, shape)
+
+
+@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_in_pytorch(dtype: torch.dtype, size: tuple[int, int], n: int) -> None:
+    check_products(few_rows, Draw("cpu", dtype), n, *size)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_kernels_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-m", __name__], env=environment, check=True)
+
+
+def check_in_the_interpreter() -> None:
+    from crosslayer.kernels import few_rows_triton
+
+    torch.set_num_threads(1)
+    for dtype, n in ((torch.float32, 3), (torch.bfloat16, 1)):
+        for shape in HEADS:
+            if shape.pool_dtype != FP8:  # the interpreter rounds 127 to 64 there
+                check_rope_store(few_rows_triton, Draw("cpu", dtype), n, shape)
+        for size in SIZES:
+            check_products(few_rows_triton, Draw("cpu", dtype), n, *size)
+
+
+@needs_cuda
+@pytest.mark.parametrize("n", range(1, few_rows.MOST_ROWS + 1))
+@pytest.mark.parametrize("shape", HEADS + PAPER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rope_store_on_a_gpu(dtype: torch.dtype, shape: Heads, n: int) -> None:
+    check_rope_store(few_rows, Draw("cuda", dtype), n, shape)
+
+
+@needs_cuda
+@pytest.mark.parametrize("n", range(1, few_rows.MOST_ROWS + 1))
+@pytest.mark.parametrize("size", SIZES + PAPER_SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_on_a_gpu(dtype: torch.dtype, size: tuple[int, int], n: int) -> None:
+    check_products(few_rows, Draw("cuda", dtype), n, *size)
+
+
+if __name__ == "__main__":
+    check_in_the_interpreter()
