@@ -184,7 +184,9 @@ def many_queries_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _split(length, first, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _split(
+    length, first, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """The keys that the last token of a row sees, from and to, and how many of them a split gets."""
     end = tl.maximum(length - first * BLOCK_SIZE, 0)
     begin = tl.maximum(end - WINDOW, 0) if WINDOW else 0
