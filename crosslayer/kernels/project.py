@@ -16,7 +16,6 @@ from torch.nn.functional import linear, rms_norm
 from crosslayer.kernels.rope_store import rope_store
 from crosslayer.kernels.swiglu import swiglu
 
-
 # Of what the fused kernels take; from there on, cuBLAS is faster.
 MOST_ROWS = 4
 
