@@ -20,6 +20,8 @@ from crosslayer.kernels.paged_attention import AttentionRows
 # The score of a key that may not be seen. It is finite, so that no -inf - -inf is a NaN: a query that has not seen any
 # key yet collects nonsense with this maximum, and forgets it, times exp2(-1e30), with the first key it sees.
 UNSEEN = tl.constexpr(-1e30)
+# For float32: tensor cores, with what TF32 cuts off added in two more products.
+PRECISION = tl.constexpr("tf32x3")
 LOG2_E = 1.4426950408889634
 # Rows of one query are split so that there are about two programs for each of an H100's 132 processors.
 PROGRAMS, MOST_SPLITS = 264, 64
@@ -62,16 +64,16 @@ def _attend(  # type: ignore[no-untyped-def]
     alone and times the values.
     """
     PADDED: tl.constexpr = q.shape[1]
-    dims = tl.arange(0, PADDED)
+    dims, keys_ahead = tl.arange(0, PADDED), tl.arange(0, TILE_KEYS)
+    # The table is read a tile ahead, so that the loads of keys never wait for it, and the compiler sees that.
+    block = tl.load(table + (begin + keys_ahead) // BLOCK_SIZE, mask=begin + keys_ahead < last, other=0)
     for start in tl.range(begin, end, TILE_KEYS):
-        key = start + tl.arange(0, TILE_KEYS)
+        key = start + keys_ahead
         there = key < last
-        if MASKED:
-            block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0)
-        else:
-            block = tl.load(table + key // BLOCK_SIZE)
         offsets = ((block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * GROUPS + group) * DIM
         where = offsets[:, None] + dims[None, :]
+        ahead = key + TILE_KEYS
+        block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < last, other=0)
         if MASKED or PADDED != DIM:
             inside = there[:, None] & (dims < DIM)[None, :]
             k = tl.load(keys + where, mask=inside, other=0.0)
@@ -79,7 +81,7 @@ def _attend(  # type: ignore[no-untyped-def]
         else:
             k = tl.load(keys + where)
             v = tl.load(values + where)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         if MASKED:
             distance = positions[:, None] - key[None, :]
             seen = distance >= 0
@@ -90,7 +92,7 @@ def _attend(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * shrink[:, None], input_precision="ieee")
+        sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * shrink[:, None], input_precision=PRECISION)
         top = higher
     return top, total, sums
 
@@ -184,7 +186,9 @@ def many_queries_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _split(length, first, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _split(
+    length, first, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """The keys that the last token of a row sees, from and to, and how many of them a split gets."""
     end = tl.maximum(length - first * BLOCK_SIZE, 0)
     begin = tl.maximum(end - WINDOW, 0) if WINDOW else 0
