@@ -36,8 +36,8 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]
+@triton.jit
+def _attend(
     q,
     keys,
     values,
@@ -102,8 +102,8 @@ _VARYING = ("num_rows", "table_stride")
 _ANYWHERE = ("starts", "lengths", "tables", "firsts")
 
 
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANYWHERE)  # type: ignore[untyped-decorator]
-def many_queries_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANYWHERE)
+def many_queries_kernel(
     q,
     keys,
     values,
@@ -145,7 +145,7 @@ def many_queries_kernel(  # type: ignore[no-untyped-def]
     if (count == 1) | (first >= count):
         return
     length = tl.load(lengths + row) - tl.load(firsts + row) * BLOCK_SIZE
-    table = tables + row.to(tl.int64) * table_stride
+    table = tables + tl.cast(row, tl.int64) * table_stride
 
     rows = tl.arange(0, TILE_ROWS)
     queries = first + rows // SHARE
@@ -185,18 +185,18 @@ def many_queries_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, result.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _split(
     length, first, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """The keys that the last token of a row sees, from and to, and how many of them a split gets."""
     end = tl.maximum(length - first * BLOCK_SIZE, 0)
     begin = tl.maximum(end - WINDOW, 0) if WINDOW else 0
     return begin, end, tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), SPLITS) * TILE_KEYS
 
 
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=_ANYWHERE)  # type: ignore[untyped-decorator]
-def one_query_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=_ANYWHERE)
+def one_query_kernel(
     q,
     keys,
     values,
@@ -244,7 +244,7 @@ def one_query_kernel(  # type: ignore[no-untyped-def]
     q_tile = tl.load(q + token * q_stride + place, mask=inside, other=0.0)
     last = tl.minimum(begin + part, end)
     top, total, sums = _attend(
-        q_tile, keys, values, tables + row.to(tl.int64) * table_stride, begin, last,
+        q_tile, keys, values, tables + tl.cast(row, tl.int64) * table_stride, begin, last,
         # All keys before the last one are seen.
         tl.zeros((TILE_ROWS,), tl.int32) + last - 1, last,
         tl.full((TILE_ROWS,), UNSEEN, tl.float32),
@@ -261,8 +261,8 @@ def one_query_kernel(  # type: ignore[no-untyped-def]
         tl.store(partial_scores + partial + heads, top + tl.log2(total), mask=rows < SHARE)
 
 
-@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)  # type: ignore[untyped-decorator]
-def combine_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
+def combine_kernel(
     output,
     partial_sums,
     partial_scores,

@@ -1,4 +1,4 @@
-"""The Triton kernels on a CPU: the checks of this folder with each twin replaced by the kernel, in Triton's interpreter.
+"""The Triton kernels on a CPU: this folder's checks, with each twin replaced by the kernel in Triton's interpreter.
 
 Run by `test_interpreted.py` in a process of its own, as the interpreter must be chosen before Triton is imported.
 """
