@@ -4,10 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def cross_entropy_kernel(  # type: ignore[no-untyped-def]
-    logits, targets, losses, vocab_size, stride, BLOCK: tl.constexpr, GRAD: tl.constexpr
-):
+@triton.jit
+def cross_entropy_kernel(logits, targets, losses, vocab_size, stride, BLOCK: tl.constexpr, GRAD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(targets + row)

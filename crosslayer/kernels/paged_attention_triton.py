@@ -20,6 +20,8 @@ from crosslayer.kernels.paged_attention import AttentionRows
 # The score of a key that may not be seen. It is finite, so that no -inf - -inf is a NaN: a query that has not seen any
 # key yet collects nonsense with this maximum, and forgets it, times exp2(-1e30), with the first key it sees.
 UNSEEN = tl.constexpr(-1e30)
+# For float32: tensor cores, with what TF32 cuts off added in two more products.
+PRECISION = tl.constexpr("tf32x3")
 LOG2_E = 1.4426950408889634
 # Rows of one query are split so that there are about two programs for each of an H100's 132 processors.
 PROGRAMS, MOST_SPLITS = 264, 64
@@ -34,8 +36,8 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]
+@triton.jit
+def _attend(
     q,
     keys,
     values,
@@ -62,16 +64,16 @@ def _attend(  # type: ignore[no-untyped-def]
     alone and times the values.
     """
     PADDED: tl.constexpr = q.shape[1]
-    dims = tl.arange(0, PADDED)
+    dims, keys_ahead = tl.arange(0, PADDED), tl.arange(0, TILE_KEYS)
+    # The table is read a tile ahead, so that the loads of keys never wait for it, and the compiler sees that.
+    block = tl.load(table + (begin + keys_ahead) // BLOCK_SIZE, mask=begin + keys_ahead < last, other=0)
     for start in tl.range(begin, end, TILE_KEYS):
-        key = start + tl.arange(0, TILE_KEYS)
+        key = start + keys_ahead
         there = key < last
-        if MASKED:
-            block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0)
-        else:
-            block = tl.load(table + key // BLOCK_SIZE)
         offsets = ((block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * GROUPS + group) * DIM
         where = offsets[:, None] + dims[None, :]
+        ahead = key + TILE_KEYS
+        block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < last, other=0)
         if MASKED or PADDED != DIM:
             inside = there[:, None] & (dims < DIM)[None, :]
             k = tl.load(keys + where, mask=inside, other=0.0)
@@ -79,7 +81,7 @@ def _attend(  # type: ignore[no-untyped-def]
         else:
             k = tl.load(keys + where)
             v = tl.load(values + where)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         if MASKED:
             distance = positions[:, None] - key[None, :]
             seen = distance >= 0
@@ -90,7 +92,7 @@ def _attend(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * shrink[:, None], input_precision="ieee")
+        sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * shrink[:, None], input_precision=PRECISION)
         top = higher
     return top, total, sums
 
@@ -100,8 +102,8 @@ _VARYING = ("num_rows", "table_stride")
 _ANYWHERE = ("starts", "lengths", "tables", "firsts")
 
 
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANYWHERE)  # type: ignore[untyped-decorator]
-def many_queries_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANYWHERE)
+def many_queries_kernel(
     q,
     keys,
     values,
@@ -143,7 +145,7 @@ def many_queries_kernel(  # type: ignore[no-untyped-def]
     if (count == 1) | (first >= count):
         return
     length = tl.load(lengths + row) - tl.load(firsts + row) * BLOCK_SIZE
-    table = tables + row.to(tl.int64) * table_stride
+    table = tables + tl.cast(row, tl.int64) * table_stride
 
     rows = tl.arange(0, TILE_ROWS)
     queries = first + rows // SHARE
@@ -183,18 +185,18 @@ def many_queries_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, result.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _split(
     length, first, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """The keys that the last token of a row sees, from and to, and how many of them a split gets."""
     end = tl.maximum(length - first * BLOCK_SIZE, 0)
     begin = tl.maximum(end - WINDOW, 0) if WINDOW else 0
     return begin, end, tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), SPLITS) * TILE_KEYS
 
 
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=_ANYWHERE)  # type: ignore[untyped-decorator]
-def one_query_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=_ANYWHERE)
+def one_query_kernel(
     q,
     keys,
     values,
@@ -242,7 +244,7 @@ def one_query_kernel(  # type: ignore[no-untyped-def]
     q_tile = tl.load(q + token * q_stride + place, mask=inside, other=0.0)
     last = tl.minimum(begin + part, end)
     top, total, sums = _attend(
-        q_tile, keys, values, tables + row.to(tl.int64) * table_stride, begin, last,
+        q_tile, keys, values, tables + tl.cast(row, tl.int64) * table_stride, begin, last,
         # All keys before the last one are seen.
         tl.zeros((TILE_ROWS,), tl.int32) + last - 1, last,
         tl.full((TILE_ROWS,), UNSEEN, tl.float32),
@@ -259,8 +261,8 @@ def one_query_kernel(  # type: ignore[no-untyped-def]
         tl.store(partial_scores + partial + heads, top + tl.log2(total), mask=rows < SHARE)
 
 
-@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)  # type: ignore[untyped-decorator]
-def combine_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
+def combine_kernel(
     output,
     partial_sums,
     partial_scores,

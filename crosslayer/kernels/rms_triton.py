@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def inverse_rms(row, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def inverse_rms(row, eps, WIDTH: tl.constexpr):
     """1 / sqrt(mean(x²) + eps) of the WIDTH numbers at `row`, in float32."""
     BLOCK: tl.constexpr = min(triton.next_power_of_2(WIDTH), 4096)
     columns = tl.arange(0, BLOCK)

@@ -8,8 +8,8 @@ from torch import Tensor
 from crosslayer.kernels.rms_triton import inverse_rms
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _load(row, first_head, HEADS: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _load(row, first_head, HEADS: tl.constexpr, DIM: tl.constexpr):
     """Both halves of HEADS heads, in float32, where they begin, and which of a tile of powers of two there are."""
     heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
     pairs = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
@@ -20,8 +20,8 @@ def _load(row, first_head, HEADS: tl.constexpr, DIM: tl.constexpr):  # type: ign
     return first, second, offsets, inside
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _normalised(first, second, offsets, inside, bias, inverse, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _normalised(first, second, offsets, inside, bias, inverse, DIM: tl.constexpr):
     first *= inverse
     second *= inverse
     if bias is not None:
@@ -30,8 +30,8 @@ def _normalised(first, second, offsets, inside, bias, inverse, DIM: tl.constexpr
     return first, second
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _turned(first, second, gain, cos, sin, eps, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _turned(first, second, gain, cos, sin, eps, DIM: tl.constexpr):
     if gain is not None:
         pairs = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
         inside = pairs < DIM // 2
@@ -41,8 +41,8 @@ def _turned(first, second, gain, cos, sin, eps, DIM: tl.constexpr):  # type: ign
     return first * cos - second * sin, second * cos + first * sin
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store(first, second, pool, place, scale, inside, HEADS: tl.constexpr, DIM: tl.constexpr, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store(first, second, pool, place, scale, inside, HEADS: tl.constexpr, DIM: tl.constexpr, LIMIT: tl.constexpr):
     heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
     pairs = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
     first /= scale
@@ -57,8 +57,8 @@ def _store(first, second, pool, place, scale, inside, HEADS: tl.constexpr, DIM: 
 
 
 # Where `places` begins in memory changes from step to step, and must not compile the kernel anew.
-@triton.jit(do_not_specialize_on_alignment=["places"])  # type: ignore[untyped-decorator]
-def rope_store_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize_on_alignment=["places"])
+def rope_store_kernel(
     heads,
     residual,
     cos,

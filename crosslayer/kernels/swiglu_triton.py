@@ -11,8 +11,8 @@ from crosslayer.kernels.rms_triton import inverse_rms
 FEW_ROWS = 512
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def swiglu_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def swiglu_kernel(
     gate_up,
     residual,
     output,

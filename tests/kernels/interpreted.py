@@ -1,0 +1,66 @@
+"""The Triton kernels on a CPU: this folder's checks, with each twin replaced by the kernel in Triton's interpreter.
+
+Run by `test_interpreted.py` in a process of its own, as the interpreter must be chosen before Triton is imported.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from crosslayer.kernels import paged_attention, rope_store, swiglu
+from crosslayer.kernels.paged_attention_triton import Tiles, launch_paged_attention
+from crosslayer.kernels.rope_store_triton import launch_rope_store
+from crosslayer.kernels.swiglu_triton import launch_swiglu
+from tests.kernels import test_paged_attention, test_rope_store, test_swiglu
+
+TILES = {"many": Tiles(32, 16, 4, 2), "one": Tiles(16, 16, 4, 2)}
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def _numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 makes an int of an array of one number, which NumPy 2.4 refuses (triton-lang/triton#9171)."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: object, scope: interpreter._LangPatchScope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
+
+
+@pytest.mark.parametrize("case", test_paged_attention.CASES.values(), ids=test_paged_attention.CASES)
+# With 8 splits, some are left without keys.
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_paged_attention_kernels(case: test_paged_attention.Case, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = partial(launch_paged_attention, **TILES, splits=splits)
+    monkeypatch.setattr(paged_attention, "paged_attention_in_pytorch", kernels)
+    pool_dtype = FP8 if splits == 8 else torch.float32
+    test_paged_attention.check(case, "cpu", torch.float32, pool_dtype, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["single", "mixed"])
+def test_paged_attention_as_launched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not in bfloat16, which NumPy does not have: the interpreter multiplies matrices of its bits as integers.
+    monkeypatch.setattr(paged_attention, "paged_attention_in_pytorch", launch_paged_attention)
+    test_paged_attention.check(test_paged_attention.CASES[name], "cpu", torch.float16, torch.float16, 2e-3)
+
+
+@pytest.mark.parametrize("case", test_rope_store.CASES.values(), ids=test_rope_store.CASES)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, FP8)])
+def test_rope_store_kernel(
+    case: test_rope_store.Case, dtype: torch.dtype, pool_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rope_store, "rope_store_in_pytorch", launch_rope_store)
+    test_rope_store.check(case, "cpu", dtype, pool_dtype, 1e-6)
+
+
+@pytest.mark.parametrize("shape", test_swiglu.SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_kernel(shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swiglu, "swiglu_in_pytorch", launch_swiglu)
+    test_swiglu.check(*shape, "cpu", dtype)
