@@ -305,17 +305,19 @@ def combine_kernel(
 
 def tiles_of_many(share: int, padded: int, dtype: torch.dtype) -> Tiles:
     """For rows of many queries of heads of `padded` numbers, `share` of which share a key head."""
-    if dtype == torch.float32:  # no tensor cores, and twice the memory
-        return Tiles(max(32, triton.next_power_of_2(share)), 32, 4, 2)
+    least = triton.next_power_of_2(share)
+    if dtype == torch.float32:
+        return Tiles(max(32, least), 32 if padded <= 128 else 16, 8, 2)
     if padded > 128:
-        return Tiles(max(64, triton.next_power_of_2(share)), 32, 4, 2)
-    return Tiles(max(128, triton.next_power_of_2(share)), 64, 8, 3)
+        return Tiles(max(64, least), 32, 4 if least <= 64 else 8, 2)
+    return Tiles(max(128, least), 64, 8, 3)
 
 
 def tiles_of_one(share: int, padded: int, dtype: torch.dtype) -> Tiles:
-    """For rows of one query: as many keys under way at a time as hide the way to memory."""
-    keys = 64 if padded * dtype.itemsize <= 256 else 32
-    return Tiles(max(16, triton.next_power_of_2(share)), keys, 4, 3)
+    """For rows of one query: enough keys under way at a time to hide how far it is to memory."""
+    rows, key_bytes = max(16, triton.next_power_of_2(share)), padded * dtype.itemsize
+    small = rows <= 32 and key_bytes <= 512
+    return Tiles(rows, 64 if key_bytes <= 256 else 32, 4 if small else 8, 3 if small else 2)
 
 
 def splits_of(num_rows: int, groups: int) -> int:
@@ -346,6 +348,7 @@ def launch_paged_attention(
     shape = {"WINDOW": window or 0, "HEADS": heads, "DIM": dim, "PADDED": padded, "BLOCK_SIZE": block_size}
     if not num_rows:
         return output
+    # Where all rows have equally many queries, and where all have one, nothing is left for the other kernel.
     if rows.most_queries > 1:
         many = many or tiles_of_many(share, padded, q.dtype)
         room = num_queries // (many.rows // share) + num_rows
@@ -354,6 +357,8 @@ def launch_paged_attention(
             num_rows, rows.tables.stride(0), q.stride(0), scale, value_scale, **shape, GROUPS=groups,
             TILE_ROWS=many.rows, TILE_KEYS=many.keys, num_warps=many.num_warps, num_stages=many.num_stages,
         )  # fmt: skip
+        if num_queries == num_rows * rows.most_queries:
+            return output
     one = one or tiles_of_one(share, padded, q.dtype)
     splits = splits or splits_of(num_rows, groups)
     # Programmatic dependent launch: a kernel's programs are in place before those of the one before it are through.
