@@ -8,6 +8,7 @@ larger one, with rows that see nothing to fill it up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from crosslayer.engine.batch import Batch, BatchBuilder, HostBatch
 from crosslayer.engine.transfer import pack, unpack
 
-WARM_UP = 2
+Computed = tuple[Tensor, ...]
+MemoryPool = Any  # what torch.cuda.graph_pool_handle() gives
 
 
 def graph_sizes(max_running: int) -> list[int]:
@@ -25,10 +27,10 @@ def graph_sizes(max_running: int) -> list[int]:
 
 
 class GraphedStep:
-    """`logits(batch)` for steps of `num_rows` rows."""
+    """`compute(batch)` for steps of `num_rows` rows. Graphs of the same `memory` share it."""
 
     def __init__(
-        self, logits: Callable[[Batch], Tensor], builder: BatchBuilder, num_rows: int, memory: tuple[int, int]
+        self, compute: Callable[[Batch], Computed], builder: BatchBuilder, num_rows: int, memory: MemoryPool
     ) -> None:
         host = builder.on_host([], num_rows)
         self._packed = pack(host.arrays, pinned=False).to(builder.cache.device)
@@ -36,15 +38,14 @@ class GraphedStep:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):  # compiles kernels, and lets libraries set up what a capture forbids
-                logits(self.batch)
+            compute(self.batch)  # compiles kernels, and lets libraries set up what a capture forbids
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=memory):
-            self._logits = logits(self.batch)
+            self._computed = compute(self.batch)
 
-    def __call__(self, host: HostBatch) -> Tensor:
-        """Logits, in a buffer that the next step overwrites; rows that fill up come last."""
+    def __call__(self, host: HostBatch) -> Computed:
+        """What the graph computes, in buffers that the next step overwrites; rows that fill up come last."""
         self._packed.copy_(pack(host.arrays, pinned=True), non_blocking=True)
         self.graph.replay()
-        return self._logits
+        return self._computed

@@ -11,7 +11,7 @@ from crosslayer.engine.batch import UNKNOWN, Batch, BatchBuilder
 from crosslayer.engine.config import EngineConfig
 from crosslayer.engine.graphs import GraphedStep, graph_sizes
 from crosslayer.engine.prepared import PreparedModel
-from crosslayer.engine.sampler import Draws, draw
+from crosslayer.engine.sampler import Drawn, Draws, draw
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.engine.transfer import pack, unpack
 from crosslayer.model import Transformer
@@ -68,22 +68,28 @@ class Runner:
         if size is None:
             packed = pack(host.arrays, pinned=self.overlaps).to(self.device, non_blocking=True)
             batch = self._builder.on_device(host, unpack(packed, host.arrays))
-            logits = self._logits(batch)
+            logits, tokens = self._compute(batch)
         else:
             batch = self._graphs[size].batch
-            logits = self._graphs[size](host)[: len(drawing)]
+            logits, tokens = (part[: len(step)] for part in self._graphs[size](host))
+        if all(sequence.request.params.is_plain for sequence in drawing):
+            return Draws(Drawn(tokens))
         drawn = draw(logits, drawing)
         self._last.index_copy_(0, batch.drawing_slots[: len(drawing)], drawn.tokens)
         return Draws(drawn)
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [n, vocab_size] and their likeliest tokens [n], which count as drawn unless others are."""
         ids = torch.where(batch.ids == UNKNOWN, self._last[batch.slots], batch.ids)
-        return self.model.logits(batch, ids, self.cache)
+        logits = self.model.logits(batch, ids, self.cache)
+        tokens = logits.argmax(dim=-1)
+        self._last.index_copy_(0, batch.drawing_slots, tokens)
+        return logits, tokens
 
     def _capture(self, sizes: Sequence[int]) -> None:
         """Make the graphs, the largest first: the others' memory is part of its own."""
         memory = torch.cuda.graph_pool_handle()
-        graphs = {size: GraphedStep(self._logits, self._builder, size, memory) for size in reversed(sizes)}
+        graphs = {size: GraphedStep(self._compute, self._builder, size, memory) for size in reversed(sizes)}
         self._graphs = dict(sorted(graphs.items()))
 
     def _free_memory(self, sequence: int) -> int:

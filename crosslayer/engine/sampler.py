@@ -59,8 +59,6 @@ class Draws:
 
 def draw(logits: Tensor, rows: Rows[Sequence]) -> Drawn:
     """The next token of each row, from logits [R, vocab_size], and its log-probabilities where they are asked for."""
-    if all(row.request.params.is_plain for row in rows):
-        return Drawn(logits.argmax(dim=-1))
     raw = logits.float()
     scores = _forbid_early_stops(_penalise(raw, rows), rows)
     tokens = scores.argmax(dim=-1)

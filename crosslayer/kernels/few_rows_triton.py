@@ -46,7 +46,7 @@ class Launch:
         # Columns at a time: of each tile, every thread holds 16 bytes, which is its widest load.
         block = num_warps * 32 * 16 // x.element_size() // self.rows
         block = min(block, max(16, triton.next_power_of_2(columns)))
-        overlap = self.overlap and _can_overlap(x.device)
+        overlap = self.overlap and can_overlap(x.device)
         options = {"N": count, "K": columns, "ROWS": self.rows, "BLOCK": block, "OVERLAP": overlap}
         return options | {"num_warps": num_warps} | ({"launch_pdl": True} if overlap else {})
 
@@ -61,7 +61,7 @@ LOGITS = Launch(rows=4, num_warps=4)
 
 
 @cache
-def _can_overlap(device: torch.device) -> bool:
+def can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

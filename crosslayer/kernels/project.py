@@ -1,13 +1,16 @@
 """Matrix products together with what comes right before and after them in a layer.
 
-`x` is the residual stream, which has not been normalised: the gain of the norm is part of the weight, and the division
-by the root mean square commutes with the product, so it is left to whoever handles the product next.
+`x` [N, K] is the residual stream, which has not been normalised: the gain of the norm is part of the weight, and the
+division by the root mean square commutes with the product, so it is left to whoever handles the product next.
 
-With very few rows on a GPU, the time of a product is that of reading its weight, and one kernel does all at once. It
-reads the weight before the kernel that was launched before it has ended, so that one must not have written the weight.
+With few rows on a GPU, the time of a product is that of reading its weight, and one kernel does all at once; with more,
+cuBLAS makes the product, and a second kernel the rest. All tensors are contiguous. Kernels for few rows read the weight
+before the kernel that was launched before them has ended, so that one must not have written the weight.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,8 +19,8 @@ from torch.nn.functional import linear, rms_norm
 from crosslayer.kernels.rope_store import rope_store
 from crosslayer.kernels.swiglu import swiglu
 
-# Of what the fused kernels take; from there on, cuBLAS is faster.
-MOST_ROWS = 4
+# Up to so many rows, a fused kernel keeps its part of the weight in registers; up to so many, it uses tensor cores.
+IN_REGISTERS, ON_TENSOR_CORES = 4, 64
 
 
 def project_rope_store(
@@ -40,10 +43,9 @@ def project_rope_store(
     value_scale: float = 1.0,
 ) -> Tensor:
     """Queries [N, H, D] of x [N, hidden] by weight [W, hidden]; keys and values go into pools (see `rope_store`)."""
-    if _are_few(x) and q_gain is None and k_gain is None:  # these need whole heads, which no program has
-        from crosslayer.kernels import few_rows_triton
-
-        return few_rows_triton.project_rope_store(
+    fused = _fused(x)
+    if fused is not None and q_gain is None and k_gain is None:  # these need whole heads, which no program has
+        made: Tensor = fused.project_rope_store(
             x,
             weight,
             eps,
@@ -59,6 +61,7 @@ def project_rope_store(
             key_scale=key_scale,
             value_scale=value_scale,
         )
+        return made
     return rope_store(
         linear(x, weight),
         x,
@@ -81,16 +84,16 @@ def project_rope_store(
 
 def project_swiglu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """SwiGLU [N, I] of the normalised x [N, hidden], by weight [2 I, hidden]: gates, then what they let through."""
-    if _are_few(x):
-        from crosslayer.kernels import few_rows_triton
-
-        return few_rows_triton.project_swiglu(x, weight, eps)
+    fused = _fused(x)
+    if fused is not None:
+        made: Tensor = fused.project_swiglu(x, weight, eps)
+        return made
     return swiglu(linear(x, weight), x, eps)
 
 
 def project_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
     """Add x [N, K] times weight [hidden, K] to residual [N, hidden]."""
-    if _are_few(x):
+    if _fit_registers(x):
         from crosslayer.kernels import few_rows_triton
 
         few_rows_triton.project_add(x, weight, residual)
@@ -100,12 +103,26 @@ def project_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
 
 def project_logits(x: Tensor, weight: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Logits [N, vocab_size] of the residual stream."""
-    if _are_few(x):
+    if _fit_registers(x):
         from crosslayer.kernels import few_rows_triton
 
         return few_rows_triton.project_logits(x, weight, gain, eps)
     return linear(rms_norm(x, gain.shape, gain, eps), weight)
 
 
-def _are_few(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and 0 < len(x) <= MOST_ROWS
+def _fused(x: Tensor) -> ModuleType | None:
+    """The kernels for as many rows as x has, if there are any."""
+    # Triton is there only where there is a GPU.
+    if _fit_registers(x):
+        from crosslayer.kernels import few_rows_triton
+
+        return few_rows_triton
+    if x.is_cuda and x.element_size() == 2 and 0 < len(x) <= ON_TENSOR_CORES:
+        from crosslayer.kernels import skinny_triton
+
+        return skinny_triton
+    return None
+
+
+def _fit_registers(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64 and 0 < len(x) <= IN_REGISTERS
