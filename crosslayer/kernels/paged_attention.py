@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+# What the twin gathers at a time: little enough to stay in a CPU's cache, and not to be fetched from the system and
+# cleared for every layer anew. Of 4,096 to 1,000,000 the least was the fastest, four times as fast as all at once.
+KEYS_AT_A_TIME = 4096
+
 
 class RowGroup(NamedTuple):
     """R rows that have n queries each, for the twin: `queries` [R, n] numbers their queries in the batch, `blocks`
-    [R, B] their blocks, and `mask` [R, 1, n, B * block_size] is true where a query may look."""
+    [R * B] their blocks, row by row, and `mask` [R, 1, n, B * block_size] is true where a query may look."""
 
     queries: Tensor
     blocks: Tensor
@@ -44,15 +48,18 @@ class AttentionRows:
     _groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict, init=False, repr=False)
 
     def groups(self, block_size: int, window: int | None) -> list[RowGroup]:
-        """The rows that see anything, by their number of queries; worked out once, as all layers ask for it."""
+        """The rows that see anything, in groups of equally many queries; worked out once, as all layers ask for it."""
         key = (block_size, window)
         if key not in self._groups:
             counts = self.starts.diff()
-            sees = self.lengths > 0
-            self._groups[key] = [
-                self._group(((counts == count) & sees).nonzero()[:, 0], count, block_size, window)
-                for count in sorted({*counts[sees].tolist()} - {0})
-            ]
+            found = self._groups[key] = []
+            for count in sorted({*counts[self.lengths > 0].tolist()} - {0}):
+                rows = ((counts == count) & (self.lengths > 0)).nonzero()[:, 0]
+                # Rows of like lengths together, as they are filled up to the longest.
+                lengths, order = self.lengths[rows].sort()
+                longest = int(lengths[-1]) if window is None else min(int(lengths[-1]), window + count)
+                for some in rows[order].split(max(1, KEYS_AT_A_TIME // longest)):
+                    found.append(self._group(some, count, block_size, window))
         return self._groups[key]
 
     def _group(self, rows: Tensor, count: int, block_size: int, window: int | None) -> RowGroup:
@@ -69,7 +76,7 @@ class AttentionRows:
         distance = positions[:, :, None] - keys.flatten(1)[:, None, :]
         mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         blocks = self.tables[rows].long().gather(1, columns.clamp(max=self.tables.shape[1] - 1))
-        return RowGroup(self.starts[rows, None].long() + offsets, blocks, mask[:, None])
+        return RowGroup(self.starts[rows, None].long() + offsets, blocks.flatten(), mask[:, None])
 
 
 def paged_attention(
@@ -108,11 +115,15 @@ def paged_attention_in_pytorch(
     """What `paged_attention` says with nothing but gathers and SDPA, for any device and float type."""
     output = q.new_zeros(q.shape)
     heads, size = q.shape[1:]
+    groups = keys.shape[2]
     for queries, blocks, mask in rows.groups(keys.shape[1], window):
-        k, v = (pool[blocks].flatten(1, 2).transpose(1, 2).to(q.dtype) for pool in (keys, values))
+        count = len(queries)
+        # On a CPU, index_select of whole blocks is several times as fast as indexing.
+        k, v = (pool.flatten(1).index_select(0, blocks).view(count, -1, groups, size) for pool in (keys, values))
+        k, v = (gathered.transpose(1, 2).to(q.dtype) for gathered in (k, v))
         single = queries.shape[1] == 1  # the heads that share a key are then the queries of one matrix product
-        q_rows = q[queries].view(len(queries), k.shape[1], -1, size) if single else q[queries].transpose(1, 2)
-        grouped = q_rows.shape[1] != k.shape[1]
+        q_rows = q[queries].view(count, groups, -1, size) if single else q[queries].transpose(1, 2)
+        grouped = q_rows.shape[1] != groups
         out = scaled_dot_product_attention(
             q_rows, k, v, attn_mask=mask, scale=key_scale / size**0.5, enable_gqa=grouped
         )
