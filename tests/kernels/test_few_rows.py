@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
 from crosslayer.kernels import few_rows
+
+if TYPE_CHECKING:
+    from crosslayer.kernels.few_rows_triton import Launch
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 FP8 = torch.float8_e4m3fn
@@ -70,10 +74,10 @@ class Draw:
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(device).manual_seed(0)
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        drawn = torch.randn(*shape, generator=self.generator).to(dtype or self.dtype).to(self.device)
+        drawn = torch.randn(*shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
         if self.device == "cuda":
             torch.cuda.synchronize()
         return drawn
@@ -199,6 +203,50 @@ def test_rope_store_on_a_gpu(dtype: torch.dtype, shape: Heads, n: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_on_a_gpu(dtype: torch.dtype, size: tuple[int, int], n: int) -> None:
     check_products(few_rows, Draw("cuda", dtype), n, *size)
+
+
+@needs_cuda
+def test_overlap_changes_nothing() -> None:
+    """Layers one after the other, where a kernel that did not wait would read what is not yet written: bit by bit what
+    they make when each starts after the one before."""
+    from crosslayer.kernels import few_rows_triton as kernels
+
+    draw = Draw("cuda", torch.bfloat16)
+    hidden, inner, heads, dim = 2048, 5472, 16, 128
+    start, gain, keys, values = draw(1, hidden), draw(hidden), draw(4, 16, 1, dim), draw(4, 16, 1, dim)
+    cos, sin = (draw(1, dim // 2, dtype=torch.float32) for _ in range(2))
+    shapes = {"qkv": (hidden + 2 * dim, hidden), "o": (hidden, hidden), "gate_up": (2 * inner, hidden)}
+    shapes |= {"down": (hidden, inner)}
+    layers = [{name: draw(*shape) / shape[1] ** 0.5 for name, shape in shapes.items()} for _ in range(6)]
+    place = torch.tensor([5], device="cuda")
+    sizes = {"head_dim": dim, "num_heads": heads, "num_kv_heads": 1, "key_scale": 1.0, "value_scale": 1.0}
+    pools = {"keys": keys, "values": values, "places": place, "bias": None}
+
+    def logits(overlap: bool) -> Tensor:
+        def cut(launch: Launch) -> Launch:
+            return replace(launch, overlap=overlap)
+
+        residual = start.clone()
+        for layer in layers:
+            q = kernels.project_rope_store(
+                residual, layer["qkv"], EPS, cos, sin, **sizes, **pools, launch=cut(kernels.ROPE_STORE)
+            )
+            attended = q.flatten(1) + values[0, 5, 0].repeat(heads)
+            kernels.project_add(attended, layer["o"], residual, launch=cut(kernels.ADD))
+            mixed = kernels.project_swiglu(residual, layer["gate_up"], EPS, launch=cut(kernels.SWIGLU))
+            kernels.project_add(mixed, layer["down"], residual, launch=cut(kernels.ADD))
+        return kernels.project_logits(residual, layers[0]["gate_up"], gain, EPS, launch=cut(kernels.LOGITS))
+
+    expected = logits(overlap=False)
+    logits(overlap=True)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = logits(overlap=True)
+    for _ in range(100):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, expected)
 
 
 if __name__ == "__main__":
