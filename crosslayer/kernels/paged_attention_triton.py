@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosslayer.kernels.dependent_launch_triton import dependent_launch, follow
 from crosslayer.kernels.paged_attention import AttentionRows
 
 # The score of a key that may not be seen. It is finite, so that no -inf - -inf is a NaN: a query that has not seen any
@@ -58,7 +59,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     TILE_KEYS: tl.constexpr,
 ):
-    """Let q [M, D] at `positions` [M] see the keys from `begin` to `end`, of which there are those before `last`.
+    """Let q [M, D] at `positions` [M] see the keys from `follow` to `end`, of which there are those before `last`.
 
     `top`, `total` [M] and `sums` [M, D]: the highest score so far, in powers of two, and the sums of exp2(score - top)
     alone and times the values.
@@ -125,8 +126,10 @@ def many_queries_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Some neighbouring queries of a row, with the heads of one key head. Rows of one query are left out."""
+    follow(PDL)
     SHARE: tl.constexpr = HEADS // GROUPS
     QUERIES: tl.constexpr = TILE_ROWS // SHARE
     # Late tiles see the most keys; taken first, they do not keep the others waiting at the end.
@@ -223,9 +226,7 @@ def one_query_kernel(
     PDL: tl.constexpr,
 ):
     """Some keys of a row of one query, with the heads of one key head; with one split, all keys and the output."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)
     SHARE: tl.constexpr = HEADS // GROUPS
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(starts + row).to(tl.int64)
@@ -280,8 +281,7 @@ def combine_kernel(
     PDL: tl.constexpr,
 ):
     """One head of a row of one query: the splits' results, weighted by exp2 of what they have for scores."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    follow(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(starts + row).to(tl.int64)
     if tl.load(starts + row + 1) - token != 1:
@@ -344,7 +344,8 @@ def launch_paged_attention(
     output = q.new_empty(q.shape)
     padded = max(16, triton.next_power_of_2(dim))
     scale = key_scale * LOG2_E / dim**0.5
-    shape = {"WINDOW": window or 0, "HEADS": heads, "DIM": dim, "PADDED": padded, "BLOCK_SIZE": block_size}
+    common = {"WINDOW": window or 0, "HEADS": heads, "DIM": dim, "PADDED": padded, "BLOCK_SIZE": block_size}
+    common |= dependent_launch(q)
     if not num_rows:
         return output
     # Where all rows have equally many queries, and where all have one, nothing is left for the other kernel.
@@ -353,26 +354,24 @@ def launch_paged_attention(
         room = num_queries // (many.rows // share) + num_rows
         many_queries_kernel[(room, groups)](
             q, keys, values, output, rows.starts, rows.lengths, rows.tables, rows.firsts,
-            num_rows, rows.tables.stride(0), q.stride(0), scale, value_scale, **shape, GROUPS=groups,
+            num_rows, rows.tables.stride(0), q.stride(0), scale, value_scale, **common, GROUPS=groups,
             TILE_ROWS=many.rows, TILE_KEYS=many.keys, num_warps=many.num_warps, num_stages=many.num_stages,
         )  # fmt: skip
         if num_queries == num_rows * rows.most_queries:
             return output
     one = one or tiles_of_one(share, padded, q.dtype)
     splits = splits or splits_of(num_rows, groups)
-    # Programmatic dependent launch: a kernel's programs are in place before those of the one before it are through.
-    pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    split = {"TILE_KEYS": one.keys, "SPLITS": splits, "PDL": pdl, "launch_pdl": pdl}
+    split = {"TILE_KEYS": one.keys, "SPLITS": splits}
     partials = num_rows * heads * splits if splits > 1 else 0
     sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
     scores = torch.empty(partials, dtype=torch.float32, device=q.device)
     one_query_kernel[(num_rows, groups, splits)](
         q, keys, values, output, sums, scores, rows.starts, rows.lengths, rows.tables, rows.firsts,
-        rows.tables.stride(0), q.stride(0), scale, value_scale, **shape, GROUPS=groups, TILE_ROWS=one.rows,
+        rows.tables.stride(0), q.stride(0), scale, value_scale, **common, GROUPS=groups, TILE_ROWS=one.rows,
         num_warps=one.num_warps, num_stages=one.num_stages, **split,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(num_rows, heads)](
-            output, sums, scores, rows.starts, rows.lengths, rows.firsts, value_scale, **shape, **split, num_warps=4
+            output, sums, scores, rows.starts, rows.lengths, rows.firsts, value_scale, **common, **split, num_warps=4
         )  # fmt: skip
     return output

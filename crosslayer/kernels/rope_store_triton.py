@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosslayer.kernels.dependent_launch_triton import dependent_launch, follow
 from crosslayer.kernels.rms_triton import inverse_rms
 
 
@@ -80,7 +81,9 @@ def rope_store_kernel(
     DIM: tl.constexpr,
     KEY_LIMIT: tl.constexpr,
     VALUE_LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     row = heads + token * heads_stride
     # All loads before the reduction, so that their waits overlap.
@@ -149,4 +152,5 @@ def launch_rope_store(
             KEY_LIMIT=limit(pools[0]),
             VALUE_LIMIT=limit(pools[1]),
             num_warps=4 if num_heads * dim <= 4096 else 8,
+            **dependent_launch(heads),
         )
