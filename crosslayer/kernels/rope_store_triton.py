@@ -101,6 +101,7 @@ def rope_store_kernel(
 
     q_first, q_second = _normalised(q_first, q_second, q_offsets, q_inside, bias, inverse, DIM)
     q_first, q_second = _turned(q_first, q_second, q_gain, c, s, eps, DIM)
+    tl.debug_barrier()  # the queries are written where they were read, by whichever thread
     tl.store(row + q_offsets, q_first.to(heads.dtype.element_ty), mask=q_inside)
     tl.store(row + q_offsets + DIM // 2, q_second.to(heads.dtype.element_ty), mask=q_inside)
     if keys is not None:
