@@ -37,7 +37,7 @@ from benchmarks.attention_peers import (
 from benchmarks.train_speed import matmul_rate
 from crosslayer.environment import describe_environment
 from crosslayer.kernels.paged_attention import AttentionRows
-from crosslayer.kernels.paged_attention_triton import (
+from crosslayer.kernels.paged_attention_launch import (
     Tiles,
     launch_paged_attention,
     splits_of,

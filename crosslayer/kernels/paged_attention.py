@@ -97,7 +97,7 @@ def paged_attention(
     """
     if q.is_cuda and q.dtype != torch.float64:
         # Triton is there only where there is a GPU.
-        from crosslayer.kernels.paged_attention_triton import launch_paged_attention
+        from crosslayer.kernels.paged_attention_launch import launch_paged_attention
 
         return launch_paged_attention(q, keys, values, rows, window, key_scale, value_scale)
     return paged_attention_in_pytorch(q, keys, values, rows, window, key_scale, value_scale)

@@ -8,56 +8,24 @@ of queries. A batch with both kinds takes both paths.
 In the kernels a row's keys are counted from the first block it still has.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from crosslayer.kernels.paged_attention import AttentionRows
+from crosslayer.kernels.dependent_launch_triton import follow
 
 # The score of a key that may not be seen. It is finite, so that no -inf - -inf is a NaN: a query that has not seen any
 # key yet collects nonsense with this maximum, and forgets it, times exp2(-1e30), with the first key it sees.
 UNSEEN = tl.constexpr(-1e30)
 # For float32: tensor cores, with what TF32 cuts off added in two more products.
 PRECISION = tl.constexpr("tf32x3")
-LOG2_E = 1.4426950408889634
-# Rows of one query are split so that there are about two programs for each of an H100's 132 processors.
-PROGRAMS, MOST_SPLITS = 264, 64
-
-
-class Tiles(NamedTuple):
-    """How a kernel is cut: queries times heads that share keys, keys at a time, and Triton's own two choices."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit
 def _attend(
-    q,
-    keys,
-    values,
-    table,
-    begin,
-    end,
-    positions,
-    last,
-    top,
-    total,
-    sums,
-    group,
-    scale,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    q, keys, values, table, begin, end, positions, last, top, total, sums, group, scale,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_KEYS: tl.constexpr,
-):
+):  # fmt: skip
     """Let q [M, D] at `positions` [M] see the keys from `begin` to `end`, of which there are those before `last`.
 
     `top`, `total` [M] and `sums` [M, D]: the highest score so far, in powers of two, and the sums of exp2(score - top)
@@ -98,36 +66,19 @@ def _attend(
     return top, total, sums
 
 
-# What changes from step to step must not compile a kernel anew.
-_VARYING = ("num_rows", "table_stride")
-_ANYWHERE = ("starts", "lengths", "tables", "firsts")
+# What changes from step to step must not compile a kernel anew: these numbers, and where these tensors begin in memory.
+VARYING = ("num_rows", "table_stride")
+ANYWHERE = ("starts", "lengths", "tables", "firsts")
 
 
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ANYWHERE)
 def many_queries_kernel(
-    q,
-    keys,
-    values,
-    output,
-    starts,
-    lengths,
-    tables,
-    firsts,
-    num_rows,
-    table_stride,
-    q_stride,
-    scale,
-    value_scale,
-    WINDOW: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-):
+    q, keys, values, output, starts, lengths, tables, firsts, num_rows, table_stride, q_stride, scale, value_scale,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Some neighbouring queries of a row, with the heads of one key head. Rows of one query are left out."""
+    follow(PDL)
     SHARE: tl.constexpr = HEADS // GROUPS
     QUERIES: tl.constexpr = TILE_ROWS // SHARE
     # Late tiles see the most keys; taken first, they do not keep the others waiting at the end.
@@ -135,8 +86,8 @@ def many_queries_kernel(
     group = tl.program_id(1)
     # Row r has room for tiles from starts[r] // QUERIES + r on, which is enough, and one too many at most.
     row = -1
-    for begin in range(0, num_rows, 256):
-        candidates = begin + tl.arange(0, 256)
+    for some in range(0, num_rows, 256):
+        candidates = some + tl.arange(0, 256)
         there = candidates < num_rows
         room = tl.load(starts + candidates, mask=there, other=0) // QUERIES + candidates
         row += tl.sum((there & (room <= tile)).to(tl.int32), 0)
@@ -196,45 +147,22 @@ def _split(
     return begin, end, tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), SPLITS) * TILE_KEYS
 
 
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize=VARYING[1:], do_not_specialize_on_alignment=ANYWHERE)
 def one_query_kernel(
-    q,
-    keys,
-    values,
-    output,
-    partial_sums,
-    partial_scores,
-    starts,
-    lengths,
-    tables,
-    firsts,
-    table_stride,
-    q_stride,
-    scale,
-    value_scale,
-    WINDOW: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q, keys, values, output, partial_sums, partial_scores, starts, lengths, tables, firsts, table_stride, q_stride,
+    scale, value_scale, WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Some keys of a row of one query, with the heads of one key head; with one split, all keys and the output."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    follow(PDL)
     SHARE: tl.constexpr = HEADS // GROUPS
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(starts + row).to(tl.int64)
     if tl.load(starts + row + 1) - token != 1:
         return
-    begin, end, part = _split(
-        tl.load(lengths + row), tl.load(firsts + row), SPLITS, WINDOW, BLOCK_SIZE, TILE_KEYS
-    )  # fmt: skip
+    length, first = tl.load(lengths + row), tl.load(firsts + row)
+    begin, end, part = _split(length, first, SPLITS, WINDOW, BLOCK_SIZE, TILE_KEYS)
     begin += split * part
     if SPLITS > 1 and begin >= end:
         return
@@ -262,34 +190,20 @@ def one_query_kernel(
         tl.store(partial_scores + partial + heads, top + tl.log2(total), mask=rows < SHARE)
 
 
-@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def combine_kernel(
-    output,
-    partial_sums,
-    partial_scores,
-    starts,
-    lengths,
-    firsts,
-    value_scale,
-    WINDOW: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    output, partial_sums, partial_scores, starts, lengths, firsts, value_scale, WINDOW: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One head of a row of one query: the splits' results, weighted by exp2 of what they have for scores."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    follow(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(starts + row).to(tl.int64)
     if tl.load(starts + row + 1) - token != 1:
         return
-    begin, end, part = _split(
-        tl.load(lengths + row), tl.load(firsts + row), SPLITS, WINDOW, BLOCK_SIZE, TILE_KEYS
-    )  # fmt: skip
+    length, first = tl.load(lengths + row), tl.load(firsts + row)
+    begin, end, part = _split(length, first, SPLITS, WINDOW, BLOCK_SIZE, TILE_KEYS)
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, PADDED)
     used = begin + splits * part < end
     partial = (row.to(tl.int64) * SPLITS + splits) * HEADS + head
@@ -301,79 +215,3 @@ def combine_kernel(
     result = tl.sum(sums * weights[:, None], 0) * tl.where(total > 0, value_scale / total, 0.0)
     target = output + (token * HEADS + head) * DIM + dims
     tl.store(target, result.to(output.dtype.element_ty), mask=dims < DIM)
-
-
-def tiles_of_many(share: int, padded: int, dtype: torch.dtype) -> Tiles:
-    """For rows of many queries of heads of `padded` numbers, `share` of which share a key head."""
-    least = triton.next_power_of_2(share)
-    if dtype == torch.float32:
-        return Tiles(max(32, least), 32 if padded <= 128 else 16, 8, 2)
-    if padded > 128:
-        return Tiles(max(64, least), 32, 4 if least <= 64 else 8, 2)
-    return Tiles(max(128, least), 64, 8, 3)
-
-
-def tiles_of_one(share: int, padded: int, dtype: torch.dtype) -> Tiles:
-    """For rows of one query: enough keys under way at a time to hide how far it is to memory."""
-    rows, key_bytes = max(16, triton.next_power_of_2(share)), padded * dtype.itemsize
-    small = rows <= 32 and key_bytes <= 512
-    return Tiles(rows, 64 if key_bytes <= 256 else 32, 4 if small else 8, 3 if small else 2)
-
-
-def splits_of(num_rows: int, groups: int) -> int:
-    """Into how many parts the keys of a row of one query are split, a power of two."""
-    return min(MOST_SPLITS, 1 << max(0, (PROGRAMS // max(1, num_rows * groups)).bit_length() - 1))
-
-
-def launch_paged_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: AttentionRows,
-    window: int | None,
-    key_scale: float,
-    value_scale: float,
-    *,
-    many: Tiles | None = None,
-    one: Tiles | None = None,
-    splits: int | None = None,
-) -> Tensor:
-    """`paged_attention` cut in other ways than the usual, where given."""
-    num_queries, heads, dim = q.shape
-    block_size, groups = keys.shape[1:3]
-    num_rows, share = len(rows.lengths), heads // groups
-    output = q.new_empty(q.shape)
-    padded = max(16, triton.next_power_of_2(dim))
-    scale = key_scale * LOG2_E / dim**0.5
-    shape = {"WINDOW": window or 0, "HEADS": heads, "DIM": dim, "PADDED": padded, "BLOCK_SIZE": block_size}
-    if not num_rows:
-        return output
-    # Where all rows have equally many queries, and where all have one, nothing is left for the other kernel.
-    if rows.most_queries > 1:
-        many = many or tiles_of_many(share, padded, q.dtype)
-        room = num_queries // (many.rows // share) + num_rows
-        many_queries_kernel[(room, groups)](
-            q, keys, values, output, rows.starts, rows.lengths, rows.tables, rows.firsts,
-            num_rows, rows.tables.stride(0), q.stride(0), scale, value_scale, **shape, GROUPS=groups,
-            TILE_ROWS=many.rows, TILE_KEYS=many.keys, num_warps=many.num_warps, num_stages=many.num_stages,
-        )  # fmt: skip
-        if num_queries == num_rows * rows.most_queries:
-            return output
-    one = one or tiles_of_one(share, padded, q.dtype)
-    splits = splits or splits_of(num_rows, groups)
-    # Programmatic dependent launch: a kernel's programs are in place before those of the one before it are through.
-    pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    split = {"TILE_KEYS": one.keys, "SPLITS": splits, "PDL": pdl, "launch_pdl": pdl}
-    partials = num_rows * heads * splits if splits > 1 else 0
-    sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
-    scores = torch.empty(partials, dtype=torch.float32, device=q.device)
-    one_query_kernel[(num_rows, groups, splits)](
-        q, keys, values, output, sums, scores, rows.starts, rows.lengths, rows.tables, rows.firsts,
-        rows.tables.stride(0), q.stride(0), scale, value_scale, **shape, GROUPS=groups, TILE_ROWS=one.rows,
-        num_warps=one.num_warps, num_stages=one.num_stages, **split,
-    )  # fmt: skip
-    if splits > 1:
-        combine_kernel[(num_rows, heads)](
-            output, sums, scores, rows.starts, rows.lengths, rows.firsts, value_scale, **shape, **split, num_warps=4
-        )  # fmt: skip
-    return output

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosslayer.kernels.dependent_launch_triton import dependent_launch, follow
 from crosslayer.kernels.rms_triton import inverse_rms
 
 
@@ -80,7 +81,9 @@ def rope_store_kernel(
     DIM: tl.constexpr,
     KEY_LIMIT: tl.constexpr,
     VALUE_LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     row = heads + token * heads_stride
     # All loads before the reduction, so that their waits overlap.
@@ -98,6 +101,7 @@ def rope_store_kernel(
 
     q_first, q_second = _normalised(q_first, q_second, q_offsets, q_inside, bias, inverse, DIM)
     q_first, q_second = _turned(q_first, q_second, q_gain, c, s, eps, DIM)
+    tl.debug_barrier()  # the queries are written where they were read, by whichever thread
     tl.store(row + q_offsets, q_first.to(heads.dtype.element_ty), mask=q_inside)
     tl.store(row + q_offsets + DIM // 2, q_second.to(heads.dtype.element_ty), mask=q_inside)
     if keys is not None:
@@ -149,4 +153,5 @@ def launch_rope_store(
             KEY_LIMIT=limit(pools[0]),
             VALUE_LIMIT=limit(pools[1]),
             num_warps=4 if num_heads * dim <= 4096 else 8,
+            **dependent_launch(heads),
         )

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosslayer.kernels.dependent_launch_triton import dependent_launch, follow
 from crosslayer.kernels.rms_triton import inverse_rms
 
 # Up to so many rows, more programs of fewer columns each are done sooner, though each reads the residual anew.
@@ -22,7 +23,9 @@ def swiglu_kernel(
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -51,5 +54,6 @@ def launch_swiglu(gate_up: Tensor, residual: Tensor, eps: float) -> Tensor:
             WIDTH=width,
             BLOCK=block,
             num_warps=num_warps,
+            **dependent_launch(gate_up),
         )
     return output

@@ -12,7 +12,7 @@ import torch
 from triton.runtime import interpreter
 
 from crosslayer.kernels import paged_attention, rope_store, swiglu
-from crosslayer.kernels.paged_attention_triton import Tiles, launch_paged_attention
+from crosslayer.kernels.paged_attention_launch import Tiles, launch_paged_attention
 from crosslayer.kernels.rope_store_triton import launch_rope_store
 from crosslayer.kernels.swiglu_triton import launch_swiglu
 from tests.kernels import test_paged_attention, test_rope_store, test_swiglu

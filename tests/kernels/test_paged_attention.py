@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from crosslayer.kernels import paged_attention as module
 from crosslayer.kernels.paged_attention import AttentionRows, paged_attention
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -118,6 +119,12 @@ def check(case: Case, device: str, dtype: torch.dtype, pool_dtype: torch.dtype, 
 )
 def test_in_pytorch(case: Case, dtype: torch.dtype, pool_dtype: torch.dtype, tolerance: float) -> None:
     check(case, "cpu", dtype, pool_dtype, tolerance)
+
+
+def test_in_pytorch_a_few_keys_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEYS_AT_A_TIME", 100)
+    check(CASES["single-window"], "cpu", torch.float64, torch.float64, 1e-14)
+    check(CASES["single"], "cpu", torch.float64, torch.float64, 1e-14)
 
 
 def test_rows_are_used_again_with_another_window() -> None:

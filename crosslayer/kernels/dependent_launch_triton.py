@@ -1,0 +1,27 @@
+"""Programmatic dependent launch: a kernel's programs are put in place while the kernel before it still runs.
+
+Short kernels that follow each other, as in a decode step, save most of what lies between them. It takes a GPU from
+Hopper on. Triton's interpreter knows nothing of it, which is why the kernels are told.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """To be called before anything is read or written: wait for the kernel before, and let the next be put in place.
+
+    That one waits for this one to end, so that to wait for the last kernel is to wait for all.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def dependent_launch(x: Tensor) -> dict[str, bool]:
+    """What a kernel that calls `follow` is launched with, beside its other arguments."""
+    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"PDL": pdl, "launch_pdl": pdl}

@@ -1,0 +1,101 @@
+"""How the Triton kernels of `paged_attention` are cut and launched."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton import next_power_of_2
+
+from crosslayer.kernels.dependent_launch_triton import dependent_launch
+from crosslayer.kernels.paged_attention import AttentionRows
+from crosslayer.kernels.paged_attention_triton import combine_kernel, many_queries_kernel, one_query_kernel
+
+# Rows of one query are split so that there are about two programs for each of an H100's 132 processors.
+PROGRAMS, MOST_SPLITS = 264, 64
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: queries times heads that share keys, keys at a time, and Triton's own two choices."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles_of_many(share: int, padded: int, dtype: torch.dtype) -> Tiles:
+    """For rows of many queries of heads of `padded` numbers, `share` of which share a key head."""
+    least = next_power_of_2(share)
+    if dtype == torch.float32:
+        return Tiles(max(32, least), 32 if padded <= 128 else 16, 8, 2)
+    if padded > 128:
+        return Tiles(max(64, least), 32, 4 if least <= 64 else 8, 2)
+    return Tiles(max(128, least), 64, 8, 3)
+
+
+def tiles_of_one(share: int, padded: int, dtype: torch.dtype) -> Tiles:
+    """For rows of one query: enough keys under way at a time to hide how far it is to memory."""
+    rows, key_bytes = max(16, next_power_of_2(share)), padded * dtype.itemsize
+    small = rows <= 32 and key_bytes <= 512
+    return Tiles(rows, 64 if key_bytes <= 256 else 32, 4 if small else 8, 3 if small else 2)
+
+
+def splits_of(num_rows: int, groups: int) -> int:
+    """Into how many parts the keys of a row of one query are split, a power of two."""
+    return min(MOST_SPLITS, 1 << max(0, (PROGRAMS // max(1, num_rows * groups)).bit_length() - 1))
+
+
+def launch_paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: AttentionRows,
+    window: int | None,
+    key_scale: float,
+    value_scale: float,
+    *,
+    many: Tiles | None = None,
+    one: Tiles | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """`paged_attention` cut in other ways than the usual, where given."""
+    num_queries, heads, dim = q.shape
+    block_size, groups = keys.shape[1:3]
+    num_rows, share = len(rows.lengths), heads // groups
+    output = q.new_empty(q.shape)
+    padded = max(16, next_power_of_2(dim))
+    scale = key_scale / (math.log(2) * dim**0.5)
+    common = {"WINDOW": window or 0, "HEADS": heads, "DIM": dim, "PADDED": padded, "BLOCK_SIZE": block_size}
+    common |= dependent_launch(q)
+    if not num_rows:
+        return output
+    # Where all rows have equally many queries, and where all have one, nothing is left for the other kernel.
+    if rows.most_queries > 1:
+        many = many or tiles_of_many(share, padded, q.dtype)
+        room = num_queries // (many.rows // share) + num_rows
+        many_queries_kernel[(room, groups)](
+            q, keys, values, output, rows.starts, rows.lengths, rows.tables, rows.firsts,
+            num_rows, rows.tables.stride(0), q.stride(0), scale, value_scale, **common, GROUPS=groups,
+            TILE_ROWS=many.rows, TILE_KEYS=many.keys, num_warps=many.num_warps, num_stages=many.num_stages,
+        )  # fmt: skip
+        if num_queries == num_rows * rows.most_queries:
+            return output
+    one = one or tiles_of_one(share, padded, q.dtype)
+    splits = splits or splits_of(num_rows, groups)
+    split = {"TILE_KEYS": one.keys, "SPLITS": splits}
+    partials = num_rows * heads * splits if splits > 1 else 0
+    sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
+    scores = torch.empty(partials, dtype=torch.float32, device=q.device)
+    one_query_kernel[(num_rows, groups, splits)](
+        q, keys, values, output, sums, scores, rows.starts, rows.lengths, rows.tables, rows.firsts,
+        rows.tables.stride(0), q.stride(0), scale, value_scale, **common, GROUPS=groups, TILE_ROWS=one.rows,
+        num_warps=one.num_warps, num_stages=one.num_stages, **split,
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(num_rows, heads)](
+            output, sums, scores, rows.starts, rows.lengths, rows.firsts, value_scale, **common, **split, num_warps=4
+        )  # fmt: skip
+    return output
