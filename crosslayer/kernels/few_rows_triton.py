@@ -5,7 +5,7 @@ at once, into registers: a multiprocessor holds some 100 KB that way, more than 
 the memory to be busy all the time.
 
 Between two such kernels the memory would rest for some microseconds, as long as many of them run. So each lets the next
-one start at once (programmatic dependent launch, PDL), which asks for its own weights, and only then waits
+one start at once (programmatic dependent launch, `overlap`), which asks for its own weights, and only then waits
 for the kernels before it. What makes that safe:
 
 - A program that has passed `gdc_wait` sees all that the kernels before have written: the kernel before has ended, and
@@ -48,13 +48,13 @@ class Launch:
         # Columns at a time: of each tile, every thread holds 16 bytes, which is its widest load.
         block = num_warps * 32 * 16 // x.element_size() // self.rows
         block = min(block, max(16, triton.next_power_of_2(columns)))
-        overlap = self.overlap and _can_overlap(x.device)
+        overlap = self.overlap and can_overlap(x.device)
         options: dict[str, int | bool | str] = {
             "N": count,
             "K": columns,
             "ROWS": self.rows,
             "BLOCK": block,
-            "PDL": overlap,
+            "OVERLAP": overlap,
         }
         options |= {"EVICT": "evict_first" if self.evict_first else "", "num_warps": num_warps}
         return options | ({"launch_pdl": True} if overlap else {})
@@ -70,7 +70,7 @@ LOGITS = Launch(rows=4, num_warps=4)
 
 
 @cache
-def _can_overlap(device: torch.device) -> bool:
+def can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -112,14 +112,14 @@ def project_logits(x: Tensor, weight: Tensor, gain: Tensor, eps: float, *, launc
 @triton.jit  # type: ignore[untyped-decorator]
 def rope_store_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, cos, sin, q, keys, values, places, num_pairs, eps, key_scale, value_scale,
-    HEAD_DIM: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, LIMIT: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, EVICT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, LIMIT: tl.constexpr, EVICT: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     # Half of a program's rows, and as far from each of them as rotation asks, the other half.
     pair = tl.minimum(tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS) % (ROWS // 2), num_pairs - 1)
     row = pair // HALF * HEAD_DIM + pair % HALF + tl.arange(0, ROWS) // (ROWS // 2) * HALF
-    tiles = _fetch_and_wait(weight, row, K, BLOCK, PDL, EVICT)
+    tiles = _fetch_and_wait(weight, row, K, BLOCK, OVERLAP, EVICT)
     pair = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     head, i = pair // HALF, pair % HALF
     exists = pair < num_pairs
@@ -150,12 +150,12 @@ def rope_store_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def swiglu_kernel(  # type: ignore[no-untyped-def]
-    x, weight, out, size, eps,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, EVICT: tl.constexpr,
+    x, weight, out, size, eps, EVICT: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Half of a program's rows are the gate's, the other half the same of the up projection.
     row = tl.minimum(tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS) % (ROWS // 2), size - 1)
-    tiles = _fetch_and_wait(weight, row + tl.arange(0, ROWS) // (ROWS // 2) * size, K, BLOCK, PDL, EVICT)
+    tiles = _fetch_and_wait(weight, row + tl.arange(0, ROWS) // (ROWS // 2) * size, K, BLOCK, OVERLAP, EVICT)
     row = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     for n in tl.static_range(N):
         total, norm = _multiply(tiles, x + n * K, None, eps, K, BLOCK)
@@ -166,11 +166,11 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def add_kernel(  # type: ignore[no-untyped-def]
-    x, weight, residual, size,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, EVICT: tl.constexpr,
+    x, weight, residual, size, EVICT: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tiles = _fetch_and_wait(weight, tl.minimum(row, size - 1), K, BLOCK, PDL, EVICT)
+    tiles = _fetch_and_wait(weight, tl.minimum(row, size - 1), K, BLOCK, OVERLAP, EVICT)
     for n in tl.static_range(N):
         to = residual + n * size + row
         before = tl.load(to, mask=row < size).to(tl.float32)
@@ -180,11 +180,11 @@ def add_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def logits_kernel(  # type: ignore[no-untyped-def]
-    x, weight, gain, out, size, eps,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, EVICT: tl.constexpr,
+    x, weight, gain, out, size, eps, EVICT: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tiles = _fetch_and_wait(weight, tl.minimum(row, size - 1), K, BLOCK, PDL, EVICT)
+    tiles = _fetch_and_wait(weight, tl.minimum(row, size - 1), K, BLOCK, OVERLAP, EVICT)
     for n in tl.static_range(N):
         total, norm = _multiply(tiles, x + n * K, gain, eps, K, BLOCK)
         tl.store(out + n * size + row, norm * total, mask=row < size)
@@ -192,16 +192,16 @@ def logits_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _fetch_and_wait(  # type: ignore[no-untyped-def]
-    weight, row, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, EVICT: tl.constexpr
+    weight, row, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, EVICT: tl.constexpr
 ):
     """The rows `row` [ROWS] of the weight as tiles [ROWS, BLOCK], and the end of the kernels before."""
-    if PDL:
+    if OVERLAP:
         gdc_launch_dependents()
     weight += row.to(tl.int64)[:, None] * K
     tiles = ()
     for first in tl.static_range(0, K, BLOCK):
         tiles = tiles + (_load_tile(weight, first, K, BLOCK, EVICT),)  # type: ignore[assignment]  # noqa: RUF005
-    if PDL:
+    if OVERLAP:
         gdc_wait()
     return tiles
 

@@ -199,7 +199,7 @@ def test_only_weights_are_read_before_the_wait() -> None:
 
     from crosslayer.kernels import few_rows_triton as kernels
 
-    options = kernels.ADD.options(torch.empty(1, 2048, dtype=torch.bfloat16)) | {"PDL": True}
+    options = kernels.ADD.options(torch.empty(1, 2048, dtype=torch.bfloat16)) | {"OVERLAP": True}
     num_warps = options.pop("num_warps")
     pointers = dict.fromkeys(("x", "weight", "residual"), "*bf16")
     signature = {**pointers, "size": "i32", **dict.fromkeys(options, "constexpr")}
