@@ -112,8 +112,8 @@ def project_logits(x: Tensor, weight: Tensor, gain: Tensor, eps: float, *, launc
 @triton.jit  # type: ignore[untyped-decorator]
 def rope_store_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, cos, sin, q, keys, values, places, num_pairs, eps, key_scale, value_scale,
-    HEAD_DIM: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, LIMIT: tl.constexpr, EVICT: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, LIMIT: tl.constexpr,
+    EVICT: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     # Half of a program's rows, and as far from each of them as rotation asks, the other half.
