@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 
 from crosslayer.environment import describe_environment
 from crosslayer.files import write_json
+from crosslayer.kernels import few_rows
 from crosslayer.kernels import few_rows_triton as kernels
 from crosslayer.kernels import paged_attention as attention
 from crosslayer.kernels.few_rows_triton import Launch
@@ -149,14 +150,18 @@ def run_alone(name: str, products: Products, x: Tensor, weights: Sequence[Tensor
 
 
 def measure_alone(rate: float) -> list[dict[str, Any]]:
-    """Each kernel over cold weights: in each cut for one row, in its default one for 2 and 4 and without overlap."""
+    """Each kernel by one row over cold weights, in each cut; in the default one also without overlap, and by four."""
     rows = []
     for name, shape in SHAPES.items():
         size = 2 * shape[0] * shape[1]
         weights = [draw(*shape) for _ in range(2 + int(COLD_BYTES / size))]
         default = DEFAULTS[name]
-        cases: list[tuple[int, Launch | None]] = [(1, None), (4, None), (1, replace(default, overlap=False))]
-        cases += [(1, cut) for cut in CUTS] + [(2, default), (4, default)]
+        cases: list[tuple[int, Launch | None]] = [
+            (1, None),
+            (few_rows.MOST_ROWS, None),
+            (1, replace(default, overlap=False)),
+        ]
+        cases += [(1, cut) for cut in CUTS] + [(few_rows.MOST_ROWS, default)]
         for count, launch in cases:
             products, x = Products.of(count), draw(count, shape[1])
             torch.cuda.synchronize()  # a kernel may read its weight before the kernel before it has ended
@@ -235,6 +240,9 @@ def main() -> None:
     times = {
         "best cuts": token.seconds(best),
         "best cuts, without overlap": token.seconds({name: replace(cut, overlap=False) for name, cut in best.items()}),
+        "best cuts, without evict_first": token.seconds(
+            {name: replace(cut, evict_first=False) for name, cut in best.items()}
+        ),
         "default cuts": token.seconds(DEFAULTS),
         "torch's products alone": seconds(in_a_graph(token.only_linear).replay, 40),
     }
@@ -242,7 +250,7 @@ def main() -> None:
     for name, spent in times.items():
         share = token.bytes / rate / spent
         results["token"][name] = {"microseconds": spent * 1e6, "share": share}
-        print(f"a token, {name:28}{spent * 1e6:8.1f} us {share:6.1%}")
+        print(f"a token, {name:32}{spent * 1e6:8.1f} us {share:6.1%}")
     write_json(arguments.out, results)
 
 

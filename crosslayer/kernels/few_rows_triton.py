@@ -36,8 +36,10 @@ class Launch:
     """At least so many; more where a row is so long that their registers would not hold the program's rows."""
     overlap: bool = True
     """Start while the kernel before still runs, where the GPU can (compute capability 9.0 and above)."""
+    evict_first: bool = True
+    """Tell the caches that a weight will not be read again soon."""
 
-    def options(self, x: Tensor) -> dict[str, int | bool]:
+    def options(self, x: Tensor) -> dict[str, int | bool | str]:
         """What kernels and Triton want to know for inputs x [N, K]."""
         count, columns = x.shape
         num_warps = self.num_warps
@@ -47,8 +49,15 @@ class Launch:
         block = num_warps * 32 * 16 // x.element_size() // self.rows
         block = min(block, max(16, triton.next_power_of_2(columns)))
         overlap = self.overlap and can_overlap(x.device)
-        options = {"N": count, "K": columns, "ROWS": self.rows, "BLOCK": block, "OVERLAP": overlap}
-        return options | {"num_warps": num_warps} | ({"launch_pdl": True} if overlap else {})
+        options: dict[str, int | bool | str] = {
+            "N": count,
+            "K": columns,
+            "ROWS": self.rows,
+            "BLOCK": block,
+            "OVERLAP": overlap,
+        }
+        options |= {"EVICT": "evict_first" if self.evict_first else "", "num_warps": num_warps}
+        return options | ({"launch_pdl": True} if overlap else {})
 
 
 # Of a thread's 255 registers of four bytes, what may be filled with weights.
@@ -66,97 +75,51 @@ def can_overlap(device: torch.device) -> bool:
 
 
 def project_rope_store(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    head_dim: int,
-    num_heads: int,
-    num_kv_heads: int,
-    bias: Tensor | None,
-    keys: Tensor | None,
-    values: Tensor | None,
-    places: Tensor,
-    key_scale: float,
-    value_scale: float,
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, *,
+    head_dim: int, num_heads: int, num_kv_heads: int, bias: Tensor | None,
+    keys: Tensor | None, values: Tensor | None, places: Tensor, key_scale: float, value_scale: float,
     launch: Launch = ROPE_STORE,
-) -> Tensor:
-    q = x.new_empty(x.shape[0], num_heads, head_dim)
+) -> Tensor:  # fmt: skip
+    q = x.new_empty(len(x), num_heads, head_dim)
     pool = keys if keys is not None else values
-    rope_store_kernel[(triton.cdiv(weight.shape[0], launch.rows),)](
-        x,
-        weight,
-        bias,
-        cos,
-        sin,
-        q,
-        keys,
-        values,
-        places,
-        weight.shape[0] // 2,
-        eps,
-        key_scale,
-        value_scale,
-        HEAD_DIM=head_dim,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        LIMIT=None if pool is None else torch.finfo(pool.dtype).max,
-        **launch.options(x),
-    )
+    rope_store_kernel[(triton.cdiv(len(weight), launch.rows),)](
+        x, weight, bias, cos, sin, q, keys, values, places, len(weight) // 2, eps, key_scale, value_scale,
+        HEAD_DIM=head_dim, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
+        LIMIT=None if pool is None else torch.finfo(pool.dtype).max, **launch.options(x),
+    )  # fmt: skip
     return q
 
 
 def project_swiglu(x: Tensor, weight: Tensor, eps: float, *, launch: Launch = SWIGLU) -> Tensor:
-    size = weight.shape[0] // 2
-    out = x.new_empty(x.shape[0], size)
+    size = len(weight) // 2
+    out = x.new_empty(len(x), size)
     swiglu_kernel[(triton.cdiv(2 * size, launch.rows),)](x, weight, out, size, eps, **launch.options(x))
     return out
 
 
 def project_add(x: Tensor, weight: Tensor, residual: Tensor, *, launch: Launch = ADD) -> None:
-    size = weight.shape[0]
+    size = len(weight)
     add_kernel[(triton.cdiv(size, launch.rows),)](x, weight, residual, size, **launch.options(x))
 
 
 def project_logits(x: Tensor, weight: Tensor, gain: Tensor, eps: float, *, launch: Launch = LOGITS) -> Tensor:
-    size = weight.shape[0]
-    out = torch.empty(x.shape[0], size, dtype=torch.float32, device=x.device)
+    size = len(weight)
+    out = torch.empty(len(x), size, dtype=torch.float32, device=x.device)
     logits_kernel[(triton.cdiv(size, launch.rows),)](x, weight, gain, out, size, eps, **launch.options(x))
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def rope_store_kernel(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    bias,
-    cos,
-    sin,
-    q,
-    keys,
-    values,
-    places,
-    num_pairs,
-    eps,
-    key_scale,
-    value_scale,
-    HEAD_DIM: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    LIMIT: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x, weight, bias, cos, sin, q, keys, values, places, num_pairs, eps, key_scale, value_scale,
+    HEAD_DIM: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, LIMIT: tl.constexpr,
+    EVICT: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     # Half of a program's rows, and as far from each of them as rotation asks, the other half.
     pair = tl.minimum(tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS) % (ROWS // 2), num_pairs - 1)
     row = pair // HALF * HEAD_DIM + pair % HALF + tl.arange(0, ROWS) // (ROWS // 2) * HALF
-    tiles = _fetch_and_wait(weight, row, K, BLOCK, OVERLAP)
+    tiles = _fetch_and_wait(weight, row, K, BLOCK, OVERLAP, EVICT)
     pair = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     head, i = pair // HALF, pair % HALF
     exists = pair < num_pairs
@@ -187,20 +150,12 @@ def rope_store_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def swiglu_kernel(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    out,
-    size,
-    eps,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x, weight, out, size, eps, EVICT: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     # Half of a program's rows are the gate's, the other half the same of the up projection.
     row = tl.minimum(tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS) % (ROWS // 2), size - 1)
-    tiles = _fetch_and_wait(weight, row + tl.arange(0, ROWS) // (ROWS // 2) * size, K, BLOCK, OVERLAP)
+    tiles = _fetch_and_wait(weight, row + tl.arange(0, ROWS) // (ROWS // 2) * size, K, BLOCK, OVERLAP, EVICT)
     row = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     for n in tl.static_range(N):
         total, norm = _multiply(tiles, x + n * K, None, eps, K, BLOCK)
@@ -211,18 +166,11 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def add_kernel(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    residual,
-    size,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x, weight, residual, size, EVICT: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tiles = _fetch_and_wait(weight, tl.minimum(row, size - 1), K, BLOCK, OVERLAP)
+    tiles = _fetch_and_wait(weight, tl.minimum(row, size - 1), K, BLOCK, OVERLAP, EVICT)
     for n in tl.static_range(N):
         to = residual + n * size + row
         before = tl.load(to, mask=row < size).to(tl.float32)
@@ -232,34 +180,27 @@ def add_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def logits_kernel(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    gain,
-    out,
-    size,
-    eps,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x, weight, gain, out, size, eps, EVICT: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tiles = _fetch_and_wait(weight, tl.minimum(row, size - 1), K, BLOCK, OVERLAP)
+    tiles = _fetch_and_wait(weight, tl.minimum(row, size - 1), K, BLOCK, OVERLAP, EVICT)
     for n in tl.static_range(N):
         total, norm = _multiply(tiles, x + n * K, gain, eps, K, BLOCK)
         tl.store(out + n * size + row, norm * total, mask=row < size)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fetch_and_wait(weight, row, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fetch_and_wait(  # type: ignore[no-untyped-def]
+    weight, row, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, EVICT: tl.constexpr
+):
     """The rows `row` [ROWS] of the weight as tiles [ROWS, BLOCK], and the end of the kernels before."""
     if OVERLAP:
         gdc_launch_dependents()
     weight += row.to(tl.int64)[:, None] * K
     tiles = ()
     for first in tl.static_range(0, K, BLOCK):
-        tiles = tiles + (_load_tile(weight, first, K, BLOCK, "evict_first"),)  # type: ignore[assignment]  # noqa: RUF005
+        tiles = tiles + (_load_tile(weight, first, K, BLOCK, EVICT),)  # type: ignore[assignment]  # noqa: RUF005
     if OVERLAP:
         gdc_wait()
     return tiles
@@ -292,16 +233,17 @@ def _multiply(tiles, x, gain, eps, K: tl.constexpr, BLOCK: tl.constexpr):  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_tile(rows, first: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_tile(rows, first: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, EVICT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Columns `first` and on of the rows that pointers [ROWS, 1] begin, zeros beyond K."""
     column = first + tl.arange(0, BLOCK)[None, :]
     if first + BLOCK <= K:  # a load without a mask is a wide one, whatever K
-        return tl.load(rows + column, eviction_policy=EVICTION)
-    return tl.load(rows + column, mask=column < K, other=0.0, eviction_policy=EVICTION)
+        return tl.load(rows + column, eviction_policy=EVICT)
+    return tl.load(rows + column, mask=column < K, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _halves(y, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first and the second half of y [ROWS]."""
     return tl.split(tl.trans(tl.reshape(y, (2, ROWS // 2))))
 
 

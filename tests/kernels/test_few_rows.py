@@ -189,6 +189,30 @@ def check_in_the_interpreter() -> None:
             check_products(few_rows_triton, Draw("cpu", dtype), n, *size)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_only_weights_are_read_before_the_wait() -> None:
+    """Compiled for an H100: wide loads of a program's rows, and nothing else, come before the kernels before have
+    ended."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from crosslayer.kernels import few_rows_triton as kernels
+
+    options = kernels.ADD.options(torch.empty(1, 2048, dtype=torch.bfloat16)) | {"OVERLAP": True}
+    num_warps = options.pop("num_warps")
+    pointers = dict.fromkeys(("x", "weight", "residual"), "*bf16")
+    signature = {**pointers, "size": "i32", **dict.fromkeys(options, "constexpr")}
+    aligned = {(place,): [["tt.divisibility", 16]] for place in range(4)}
+    source = ASTSource(kernels.add_kernel, signature, options, aligned)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}).asm["ptx"]
+    before, after = ptx.split("griddepcontrol.wait")
+    tiles = 2048 // int(options["BLOCK"])
+    assert before.count("ld.global") == before.count(".v4.b32") == tiles
+    assert "st.global" not in before
+    assert after.count("ld.global") == tiles + 1  # x and the residual
+
+
 @needs_cuda
 @pytest.mark.parametrize("n", range(1, few_rows.MOST_ROWS + 1))
 @pytest.mark.parametrize("shape", HEADS + PAPER)
