@@ -29,6 +29,8 @@ class TextStream:
         return text
 
     def _release(self, piece: str, may_stop: bool) -> str:
+        if not self._stop:
+            return piece
         text = self._held + piece
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found and may_stop:
@@ -36,7 +38,7 @@ class TextStream:
             _, start = min(found)  # the one that was complete first, so that it does not matter how tokens cut the text
             return text[:start]
         # Held back from the first place on where what follows is the beginning of a stop string, and not all of it.
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        longest = max(len(stop) - 1 for stop in self._stop)
         start = next(
             (
                 place

@@ -14,10 +14,11 @@ from tests.engine.runs import MAX_LENGTH, assert_greedy, assert_nothing_held, mo
 PROMPTS = ([3, 14, 15, 9, 2, 6], [5], [35, 8, 9, 7, 9, 32, 38, 46, 2, 6, 4, 33, 8], [27, 1, 8], list(range(40)))
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("plan", BUILDABLE)
-def test_every_design(plan: str) -> None:
+def test_every_design(plan: str, overlaps: bool) -> None:
     model = model_of(plan)
-    engine = small_engine(model, 2.2, max_step_tokens=11)
+    engine = small_engine(model, 2.2, overlaps=overlaps, max_step_tokens=11)
     requests = [request(number, prompt, 20) for number, prompt in enumerate(PROMPTS)]
     tokens = run(engine, requests, arrivals=[0, 0, 3, 4, 4])
     for number, prompt in enumerate(PROMPTS):
@@ -43,6 +44,7 @@ def workloads(draw: st.DrawFn) -> dict[str, object]:
         "max_tokens": [draw(st.integers(1, MAX_LENGTH - len(prompt))) for prompt in prompts],
         "samples": [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in prompts],
         "sequences": draw(st.sampled_from([1.0, 1.3, 2.0, 5.0])),
+        "overlaps": draw(st.booleans()),
         "config": {
             "block_size": draw(st.sampled_from([1, 2, 3, 4, 8, 16])),
             "max_step_tokens": draw(st.sampled_from([1, 3, 7, 16, 64, 1000])),
@@ -53,7 +55,7 @@ def workloads(draw: st.DrawFn) -> dict[str, object]:
 
 
 def serve(model: Transformer, work: dict) -> None:
-    engine = small_engine(model, work["sequences"], **work["config"])
+    engine = small_engine(model, work["sequences"], overlaps=work["overlaps"], **work["config"])
     requests = [
         request(number, prompt, tokens, n=n)
         for number, (prompt, tokens, n) in enumerate(
@@ -80,19 +82,21 @@ def test_many_workloads(plan: str, work: dict) -> None:
     serve(model_of(plan), work)
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("plan", ["cla2", "yoco:window=5"])
-def test_preemption_happens_and_changes_nothing(plan: str) -> None:
+def test_preemption_happens_and_changes_nothing(plan: str, overlaps: bool) -> None:
     model = model_of(plan)
-    engine = small_engine(model, 1.2)
+    engine = small_engine(model, 1.2, overlaps=overlaps)
     tokens = run(engine, [request(number, prompt, 24) for number, prompt in enumerate(PROMPTS)])
     assert engine.scheduler.num_preemptions > 0
     for number, prompt in enumerate(PROMPTS):
         assert_greedy(model, prompt, tokens[str(number), 0])
 
 
-def test_first_come_first_served() -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_first_come_first_served(overlaps: bool) -> None:
     """Whoever comes first is done first, even where those who came later must give way to it."""
-    engine = small_engine(model_of("cla2"), 1.2)
+    engine = small_engine(model_of("cla2"), 1.2, overlaps=overlaps)
     for number in range(6):
         engine.add(request(number, range(number, number + 20), 30))
     ended = []
@@ -116,10 +120,11 @@ def test_prompts_and_next_tokens_share_steps_within_the_budget(monkeypatch: pyte
     assert seen == [10, 10, 10, 10, 5]
 
 
-@pytest.mark.parametrize(("plan", "span"), [("cla2", None), ("yoco:window=5", 5), ("0@5,1@5,2@5,3@5,4@5,5@5", 5)])
-def test_a_prompt_that_begins_alike_is_not_computed_again(plan: str, span: int | None) -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("plan", ["cla2", "yoco:window=5", "0@5,1@5,2@5,3@5,4@5,5@5"])
+def test_a_prompt_that_begins_alike_is_not_computed_again(plan: str, overlaps: bool) -> None:
     model = model_of(plan)
-    engine = small_engine(model, 4)
+    engine = small_engine(model, 4, overlaps=overlaps)
     prompt = list(range(30))
     first = run(engine, [request("a", prompt, 10)])["a", 0]
     assert engine.scheduler.num_prefix_tokens == 0
@@ -168,22 +173,24 @@ def test_samples_of_a_prompt_share_its_blocks(plan: str) -> None:
     assert_nothing_held(engine)
 
 
-def test_windows_bound_what_a_long_sequence_holds() -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_windows_bound_what_a_long_sequence_holds(overlaps: bool) -> None:
     """With windows only, a sequence many times longer than the cache goes through it."""
     model = model_of("0@5,1@5,2@5,3@5,4@5,5@5", max_position_embeddings=400)
-    engine = small_engine(model, 1.0, max_length=400)
+    engine = small_engine(model, 1.0, max_length=400, overlaps=overlaps)
     (pool,) = engine.blocks.pools.values()
     assert len(pool.references) * 4 < 20
     tokens = run(engine, [request("a", range(50), 200)])["a", 0]
     assert_greedy(model, range(50), tokens)
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize(("plan", "blocks"), [("cla2", {64: 5}), ("yoco:window=5", {64: 5, 5: 3})])
-def test_the_most_bytes_used_are_those_of_the_blocks_held(plan: str, blocks: dict[int, int]) -> None:
+def test_the_most_bytes_used_are_those_of_the_blocks_held(plan: str, blocks: dict[int, int], overlaps: bool) -> None:
     """10 tokens and 8 more, of which the last is never put in: 17 tokens in blocks of 4. A window of 5 takes two
     blocks, but the first pass needs those of the whole prompt, three."""
     model = model_of(plan)
-    engine = small_engine(model, 4)
+    engine = small_engine(model, 4, overlaps=overlaps)
     run(engine, [request("a", range(10), 8)])
     slots = slots_of_spans(model.config, MAX_LENGTH)
     assert engine.most_cache_bytes_used == sum(slots[span] * count for span, count in blocks.items()) * 4 * 2 * 10 * 4

@@ -75,8 +75,8 @@ MUTATIONS = [
             "blocks that are not full yet are found",
             "cla2",
             blocks.BlockManager.grow,
-            "length // self.block_size if",
-            "-(-length // self.block_size) if",
+            "min(length, len(sequence.tokens)) // self.block_size if",
+            "-(-min(length, len(sequence.tokens)) // self.block_size) if",
         ),
         (
             "a block that is shared counts one holder",
@@ -102,8 +102,8 @@ MUTATIONS = [
         (
             "windows keep their blocks",
             WINDOWS,
-            scheduler.Scheduler.computed,
-            "self.blocks.trim(item.sequence)",
+            scheduler.Scheduler.launched,
+            "self.blocks.trim(sequence)",
             "pass",
         ),
         (
@@ -116,16 +116,16 @@ MUTATIONS = [
         (
             "a preempted sequence keeps its blocks",
             "cla2",
-            scheduler.Scheduler._preempt,
-            "self.blocks.release(sequence)",
-            "sequence.num_cached = 0",
+            scheduler.Scheduler._make_room,
+            "self._stop(last)",
+            "last.slot, last.num_cached = -1, 0",
         ),
         (
             "only the last chunk counts",
             "cla2",
-            scheduler.Scheduler.computed,
-            "num_cached += item.new",
-            "num_cached = item.new",
+            scheduler.Scheduler.launched,
+            "num_cached += new",
+            "num_cached = new",
         ),
         (
             "a row reads the tables of the one before it",
@@ -152,7 +152,7 @@ MUTATIONS = [
             "an ended sequence keeps its blocks",
             "cla2",
             scheduler.Scheduler.remove,
-            "self.blocks.release(sequence)",
+            "self._stop(sequence)",
             "pass",
         ),
         (
