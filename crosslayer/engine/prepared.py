@@ -13,11 +13,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 from crosslayer.engine.batch import Batch
 from crosslayer.kernels.paged_attention import AttentionRows, paged_attention
 from crosslayer.kernels.project import project_add, project_logits, project_rope_store, project_swiglu
+from crosslayer.kernels.tokens import embed
 from crosslayer.model import Transformer
 from crosslayer.model.paged import PagedCache
 from crosslayer.model.rope import rope_tables
@@ -84,12 +84,11 @@ class PreparedModel:
         self.cos, self.sin = (table[0, :, 0].contiguous() for table in rope_tables(self.config, positions))
 
     @torch.inference_mode()
-    def logits(self, batch: Batch, ids: Tensor, cache: PagedCache) -> Tensor:
-        """Store the batch's keys and values, and return the logits [n, vocab_size] that it wants. `ids` [N] are the
-        batch's, all of them known."""
+    def logits(self, batch: Batch, last: Tensor, cache: PagedCache) -> Tensor:
+        """Store the batch's keys and values, and return the logits [n, vocab_size] that it wants. `last` are the tokens
+        last drawn, by slot."""
         plan, rows, wanted = self.config.plan, batch.rows, batch.wanted
-        x = embedding(ids, self.embedding)
-        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
+        x, cos, sin = embed(batch.ids, batch.slots, last, self.embedding, batch.positions, self.cos, self.sin)
         for number in range(plan.num_layers):
             if wanted is not None and number == plan.prefill_cut:
                 # All slots are filled; what is left is of use only to tokens whose logits are asked for.

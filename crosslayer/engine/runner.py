@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crosslayer.engine.batch import UNKNOWN, Batch, BatchBuilder
+from crosslayer.engine.batch import Batch, BatchBuilder
 from crosslayer.engine.config import EngineConfig
 from crosslayer.engine.graphs import GraphedStep, graph_sizes
 from crosslayer.engine.prepared import PreparedModel
 from crosslayer.engine.sampler import Drawn, Draws, draw
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.engine.transfer import pack, unpack
+from crosslayer.kernels.tokens import likeliest
 from crosslayer.model import Transformer
 from crosslayer.model.fp8 import FP8, slot_scales
 from crosslayer.model.paged import PagedCache, divide_memory, sequence_bytes
@@ -66,7 +67,7 @@ class Runner:
             size = next((size for size in self._graphs if size >= len(step)), None)
         host = self._builder.on_host(step, size)
         if size is None:
-            packed = pack(host.arrays, pinned=self.overlaps).to(self.device, non_blocking=True)
+            packed = pack(host.arrays, pinned=self.device.type == "cuda").to(self.device, non_blocking=True)
             batch = self._builder.on_device(host, unpack(packed, host.arrays))
             logits, tokens = self._compute(batch)
         else:
@@ -80,11 +81,8 @@ class Runner:
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [n, vocab_size] and their likeliest tokens [n], which count as drawn unless others are."""
-        ids = torch.where(batch.ids == UNKNOWN, self._last[batch.slots], batch.ids)
-        logits = self.model.logits(batch, ids, self.cache)
-        tokens = logits.argmax(dim=-1)
-        self._last.index_copy_(0, batch.drawing_slots, tokens)
-        return logits, tokens
+        logits = self.model.logits(batch, self._last, self.cache)
+        return logits, likeliest(logits, batch.drawing_slots, self._last)
 
     def _capture(self, sizes: Sequence[int]) -> None:
         """Make the graphs, the largest first: the others' memory is part of its own."""

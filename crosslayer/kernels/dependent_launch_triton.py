@@ -12,13 +12,13 @@ from torch import Tensor
 
 @triton.jit
 def follow(PDL: tl.constexpr):
-    """To be called before anything is read or written: wait for the kernel before, and let the next be put in place.
+    """To be called before anything is read or written: let the next kernel be put in place, and wait for those before.
 
-    That one waits for this one to end, so that to wait for the last kernel is to wait for all.
+    A kernel ends after its own wait, so that to wait for the last one is to wait for all.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 def dependent_launch(x: Tensor) -> dict[str, bool]:

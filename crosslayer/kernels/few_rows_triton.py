@@ -62,11 +62,12 @@ class Launch:
 
 # Of a thread's 255 registers of four bytes, what may be filled with weights.
 BYTES_PER_THREAD = 384
-# With as many warps as rows each warp owns one, and sums it without the others.
-ROPE_STORE = Launch(rows=4, num_warps=4)
-SWIGLU = Launch(rows=4, num_warps=4)
-ADD = Launch(rows=4, num_warps=4)
-LOGITS = Launch(rows=4, num_warps=4)
+# The best of those that benchmarks/few_rows.py tries, on an H100.
+ROPE_STORE = Launch(rows=2, num_warps=4)
+SWIGLU = Launch(rows=2, num_warps=2)
+ADD = Launch(rows=4, num_warps=8)
+LONG_ADD = Launch(rows=8, num_warps=4)  # where x is wider than 4096
+LOGITS = Launch(rows=2, num_warps=4)
 
 
 @cache
@@ -97,8 +98,9 @@ def project_swiglu(x: Tensor, weight: Tensor, eps: float, *, launch: Launch = SW
     return out
 
 
-def project_add(x: Tensor, weight: Tensor, residual: Tensor, *, launch: Launch = ADD) -> None:
+def project_add(x: Tensor, weight: Tensor, residual: Tensor, *, launch: Launch | None = None) -> None:
     size = len(weight)
+    launch = launch or (ADD if x.shape[1] <= 4096 else LONG_ADD)
     add_kernel[(triton.cdiv(size, launch.rows),)](x, weight, residual, size, **launch.options(x))
 
 
@@ -113,7 +115,8 @@ def project_logits(x: Tensor, weight: Tensor, gain: Tensor, eps: float, *, launc
 def rope_store_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, cos, sin, q, keys, values, places, num_pairs, eps, key_scale, value_scale,
     HEAD_DIM: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, LIMIT: tl.constexpr,
-    EVICT: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    EVICT: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
     # Half of a program's rows, and as far from each of them as rotation asks, the other half.

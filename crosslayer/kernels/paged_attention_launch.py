@@ -13,8 +13,9 @@ from crosslayer.kernels.dependent_launch_triton import dependent_launch
 from crosslayer.kernels.paged_attention import AttentionRows
 from crosslayer.kernels.paged_attention_triton import combine_kernel, many_queries_kernel, one_query_kernel
 
-# Rows of one query are split so that there are about two programs for each of an H100's 132 processors.
-PROGRAMS, MOST_SPLITS = 264, 64
+# Rows of one query are split for at least so many programs. That is half of an H100's processors, which is enough to
+# keep its memory busy, while results that must be combined cost a second kernel.
+PROGRAMS, MOST_SPLITS = 64, 64
 
 
 class Tiles(NamedTuple):
@@ -45,7 +46,7 @@ def tiles_of_one(share: int, padded: int, dtype: torch.dtype) -> Tiles:
 
 def splits_of(num_rows: int, groups: int) -> int:
     """Into how many parts the keys of a row of one query are split, a power of two."""
-    return min(MOST_SPLITS, 1 << max(0, (PROGRAMS // max(1, num_rows * groups)).bit_length() - 1))
+    return min(MOST_SPLITS, 1 << (-(-PROGRAMS // (num_rows * groups)) - 1).bit_length())
 
 
 def launch_paged_attention(

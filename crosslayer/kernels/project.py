@@ -10,8 +10,6 @@ before the kernel that was launched before them has ended, so that one must not 
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
@@ -19,8 +17,8 @@ from torch.nn.functional import linear, rms_norm
 from crosslayer.kernels.rope_store import rope_store
 from crosslayer.kernels.swiglu import swiglu
 
-# Up to so many rows, a fused kernel keeps its part of the weight in registers; up to so many, it uses tensor cores.
-IN_REGISTERS, ON_TENSOR_CORES = 4, 64
+# Beyond so many rows, cuBLAS and a second kernel are faster.
+FEW_ROWS = 2
 
 
 def project_rope_store(
@@ -43,9 +41,10 @@ def project_rope_store(
     value_scale: float = 1.0,
 ) -> Tensor:
     """Queries [N, H, D] of x [N, hidden] by weight [W, hidden]; keys and values go into pools (see `rope_store`)."""
-    fused = _fused(x)
-    if fused is not None and q_gain is None and k_gain is None:  # these need whole heads, which no program has
-        made: Tensor = fused.project_rope_store(
+    if _are_few(x) and q_gain is None and k_gain is None:  # these need whole heads, which no program has
+        from crosslayer.kernels import few_rows_triton
+
+        return few_rows_triton.project_rope_store(
             x,
             weight,
             eps,
@@ -61,7 +60,6 @@ def project_rope_store(
             key_scale=key_scale,
             value_scale=value_scale,
         )
-        return made
     return rope_store(
         linear(x, weight),
         x,
@@ -84,16 +82,16 @@ def project_rope_store(
 
 def project_swiglu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """SwiGLU [N, I] of the normalised x [N, hidden], by weight [2 I, hidden]: gates, then what they let through."""
-    fused = _fused(x)
-    if fused is not None:
-        made: Tensor = fused.project_swiglu(x, weight, eps)
-        return made
+    if _are_few(x):
+        from crosslayer.kernels import few_rows_triton
+
+        return few_rows_triton.project_swiglu(x, weight, eps)
     return swiglu(linear(x, weight), x, eps)
 
 
 def project_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
     """Add x [N, K] times weight [hidden, K] to residual [N, hidden]."""
-    if _fit_registers(x):
+    if _are_few(x):
         from crosslayer.kernels import few_rows_triton
 
         few_rows_triton.project_add(x, weight, residual)
@@ -103,26 +101,13 @@ def project_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
 
 def project_logits(x: Tensor, weight: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Logits [N, vocab_size] of the residual stream."""
-    if _fit_registers(x):
+    if _are_few(x):
         from crosslayer.kernels import few_rows_triton
 
         return few_rows_triton.project_logits(x, weight, gain, eps)
     return linear(rms_norm(x, gain.shape, gain, eps), weight)
 
 
-def _fused(x: Tensor) -> ModuleType | None:
-    """The kernels for as many rows as x has, if there are any."""
+def _are_few(x: Tensor) -> bool:
     # Triton is there only where there is a GPU.
-    if _fit_registers(x):
-        from crosslayer.kernels import few_rows_triton
-
-        return few_rows_triton
-    if x.is_cuda and x.element_size() == 2 and 0 < len(x) <= ON_TENSOR_CORES:
-        from crosslayer.kernels import skinny_triton
-
-        return skinny_triton
-    return None
-
-
-def _fit_registers(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and 0 < len(x) <= IN_REGISTERS
+    return x.is_cuda and x.dtype != torch.float64 and 0 < len(x) <= FEW_ROWS

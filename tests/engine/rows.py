@@ -48,6 +48,7 @@ class Rows:
         for pool in (*self.cache.keys.values(), *self.cache.values.values()):
             pool.fill_(100.0)  # what other sequences left behind
         self.builder = BatchBuilder(self.cache, count)
+        self.last = torch.zeros(count + 1, dtype=torch.int64, device=device)
         self.sequences = [
             Sequence(Request(str(n), (0,)), 0, 0, max_length, frozenset(), None, [], slot=n) for n in range(count)
         ]
@@ -76,7 +77,7 @@ class Rows:
         host = self.builder.on_host(step, num_rows)
         packed = pack(host.arrays, pinned=False).to(self.cache.device)
         batch = self.builder.on_device(host, unpack(packed, host.arrays))
-        logits = self.prepared.logits(batch, batch.ids, self.cache)
+        logits = self.prepared.logits(batch, self.last, self.cache)
         for item in step:
             item.sequence.num_cached += item.new
         return logits

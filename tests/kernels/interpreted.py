@@ -15,7 +15,8 @@ from crosslayer.kernels import paged_attention, rope_store, swiglu
 from crosslayer.kernels.paged_attention_launch import Tiles, launch_paged_attention
 from crosslayer.kernels.rope_store_triton import launch_rope_store
 from crosslayer.kernels.swiglu_triton import launch_swiglu
-from tests.kernels import test_paged_attention, test_rope_store, test_swiglu
+from crosslayer.kernels.tokens_triton import launch_embed, launch_likeliest
+from tests.kernels import test_paged_attention, test_rope_store, test_swiglu, test_tokens
 
 TILES = {"many": Tiles(32, 16, 4, 2), "one": Tiles(16, 16, 4, 2)}
 FP8 = torch.float8_e4m3fn
@@ -64,3 +65,9 @@ def test_rope_store_kernel(
 def test_swiglu_kernel(shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swiglu, "swiglu_in_pytorch", launch_swiglu)
     test_swiglu.check(*shape, "cpu", dtype)
+
+
+def test_tokens_kernels() -> None:
+    test_tokens.check_embed("cpu", torch.float32, 12, 5, launch_embed)
+    for vocab_size in (50, 4096, 4097):
+        test_tokens.check_likeliest("cpu", torch.float32, vocab_size, launch_likeliest)
