@@ -22,7 +22,6 @@ import torch
 
 from crosslayer.data import Tokenizer
 from crosslayer.engine import Engine, EngineConfig, Request, SamplingParams
-from crosslayer.engine.runner import Runner
 from crosslayer.engine.sampler import Drawn, Draws
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.environment import describe_environment
@@ -33,16 +32,6 @@ PROMPT, NEW = 512, 256
 LAYERS = 4
 TEXT = "three cats sat on seven mats and ate some rats " * 20
 DESIGNS = ("cla2", "yoco:window=128")
-
-
-class MadeUp(Runner):
-    """Computes nothing: the next token is any one of `tokens`."""
-
-    tokens: torch.Tensor
-
-    def launch(self, step: Sequence[Scheduled]) -> Draws:
-        count = sum(item.draws for item in step)
-        return Draws(Drawn(self.tokens[torch.randint(len(self.tokens), (count,))]))
 
 
 def make_engine(design: str, tokenizer: Tokenizer, sequences: int, *, texts: bool) -> Engine:
@@ -57,20 +46,24 @@ def make_engine(design: str, tokenizer: Tokenizer, sequences: int, *, texts: boo
         max_position_embeddings=PROMPT + NEW,
         sharing_plan=parse_plan(design, LAYERS),
     )
-    model = Transformer(config)
     settings = EngineConfig(max_running=sequences, max_step_tokens=sequences * PROMPT)
-    engine = Engine(model, tokenizer if texts else None, settings)
-    runner = MadeUp(model, settings, engine.max_length)
-    runner.overlaps, runner.tokens = True, torch.tensor(tokenizer.encode(TEXT))
-    engine.runner = runner
+    engine = Engine(Transformer(config), tokenizer if texts else None, settings)
+    tokens = torch.tensor(tokenizer.encode(TEXT))
+
+    def launch(step: Sequence[Scheduled]) -> Draws:
+        """Compute nothing: the next token is any one of the text's."""
+        return Draws(Drawn(tokens[torch.randint(len(tokens), (sum(item.draws for item in step),))]))
+
+    engine.runner.launch = launch  # type: ignore[method-assign]
+    engine.runner.overlaps = True
     return engine
 
 
-def measure(engine: Engine, sequences: int) -> dict[str, float]:
+def measure(engine: Engine, sequences: int, vocab_size: int) -> dict[str, float]:
     """Of the first step, with all prompts, and of those in which every sequence gains a token."""
     chance = random.Random(0)
     for number in range(sequences):
-        prompt = tuple(chance.randrange(engine.runner.model.config.vocab_size) for _ in range(PROMPT))
+        prompt = tuple(chance.randrange(vocab_size) for _ in range(PROMPT))
         engine.add(Request(str(number), prompt, SamplingParams(max_tokens=NEW, ignore_eos=True)))
     times = []
     while engine.has_work:
@@ -96,7 +89,8 @@ def main() -> None:
     for design in DESIGNS:
         for texts in (False, True):
             for sequences in (1, 64, 512):
-                row = measure(make_engine(design, tokenizer, sequences, texts=texts), sequences)
+                engine = make_engine(design, tokenizer, sequences, texts=texts)
+                row = measure(engine, sequences, tokenizer.vocab_size)
                 results["rows"].append({"design": design, "texts": texts, "sequences": sequences, **row})
                 print(
                     f"{design:16} {'yes' if texts else 'no':5} {sequences:9} {row['us_per_prompt']:10.1f}"

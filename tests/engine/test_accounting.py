@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from crosslayer.engine import Engine
-from crosslayer.engine import runner as runner_module
 from crosslayer.engine.sampler import Draws
 from tests.engine.runs import (
     assert_greedy,
@@ -25,7 +24,7 @@ from tests.engine.runs import (
 )
 
 PLANS = ("cla2", "yoco:window=5", "fusedkv-lite", "0@3,0@7,0@5,3@4,3,3@2", "0@5,1@5,2@5,3@5,4@5,5@5")
-PLACES = ("before the model", "in the model", "before drawing", "on the way back", "after drawing")
+PLACES = ("before the model", "in the model", "after the model", "on the way back", "after drawing")
 
 
 class Fault(Exception):
@@ -44,8 +43,8 @@ def broken(engine: Engine, place: str) -> Iterator[None]:
             patch.setattr(engine.runner, "launch", fault)
         elif place == "in the model":
             patch.setattr(engine.runner.model.model.layers[3], "forward", fault)
-        elif place == "before drawing":
-            patch.setattr(runner_module, "draw", fault)
+        elif place == "after the model":
+            patch.setattr(Draws, "__init__", fault)
         elif place == "on the way back":
             patch.setattr(Draws, "result", fault)
         else:

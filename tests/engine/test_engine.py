@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from crosslayer.model import Transformer
 from crosslayer.model.paged import slots_of_spans
 from tests.conftest import BUILDABLE
-from tests.engine.runs import MAX_LENGTH, assert_greedy, assert_nothing_held, model_of, request, run, small_engine
+from tests.engine.runs import (
+    MAX_LENGTH,
+    assert_greedy,
+    assert_nothing_held,
+    check_accounts,
+    collect,
+    model_of,
+    request,
+    run,
+    small_engine,
+)
 
 PROMPTS = ([3, 14, 15, 9, 2, 6], [5], [35, 8, 9, 7, 9, 32, 38, 46, 2, 6, 4, 33, 8], [27, 1, 8], list(range(40)))
 
@@ -182,6 +192,20 @@ def test_windows_bound_what_a_long_sequence_holds(overlaps: bool) -> None:
     assert len(pool.references) * 4 < 20
     tokens = run(engine, [request("a", range(50), 200)])["a", 0]
     assert_greedy(model, range(50), tokens)
+
+
+def test_a_window_of_one_token() -> None:
+    """Its block is gone as soon as it is full, before the block would get a name."""
+    model = model_of("0,1@1,2@1,3,3,3")
+    engine = small_engine(model, 3)
+    for name, prompt in (("a", range(10)), ("b", range(15))):
+        engine.add(request(name, prompt, 20))
+        tokens = {(name, 0): list[int]()}
+        while engine.has_work:
+            collect(engine.step(), tokens)
+            check_accounts(engine)
+        assert_greedy(model, prompt, tokens[name, 0])
+    assert engine.scheduler.num_prefix_tokens == 8
 
 
 @pytest.mark.parametrize("overlaps", [False, True])

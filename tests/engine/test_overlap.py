@@ -113,6 +113,17 @@ def test_both_orders_give_the_same(plan: str, penalised: bool) -> None:
     assert bool(pending) == penalised
 
 
+@pytest.mark.parametrize(("block_size", "found"), [(4, 36), (1, 38)])
+def test_a_block_is_found_once_its_tokens_are_known(block_size: int, found: int) -> None:
+    """40 tokens, the last of which is never put in. In blocks of one token, the one before it is pending to the end."""
+    model, prompt = model_of("cla2"), list(range(30))
+    engine = small_engine(model, 4, overlaps=True, block_size=block_size)
+    first = run(engine, [request("a", prompt, 10)])["a", 0]
+    continued = [*prompt, *first, 9]
+    assert_greedy(model, continued, run(engine, [request("b", continued, 5)])["b", 0])
+    assert engine.scheduler.num_prefix_tokens == found
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_whoever_ends_with_a_token_takes_part_in_one_step_too_many(plan: str) -> None:
     model = model_of(plan)

@@ -216,6 +216,8 @@ def test_no_stop_token_before_min_tokens() -> None:
     params = SamplingParams(min_tokens=2)
     rows = [drawing(params, output=output, stop_ids=[2, 5]) for output in ([], [0], [0, 0])]
     assert tokens(LOGITS.expand(3, -1), rows) == [7, 7, 2]
+    rows[1].num_pending = 1  # a second token that is drawn, but not known yet
+    assert tokens(LOGITS.expand(3, -1), rows) == [7, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,12 @@ class Live:
 
 
 @contextmanager
-def serving(config: EngineConfig = CONFIG, template: str | None = TEMPLATE, **settings: Any) -> Iterator[Live]:
+def serving(
+    config: EngineConfig = CONFIG, template: str | None = TEMPLATE, *, overlaps: bool = False, **settings: Any
+) -> Iterator[Live]:
+    """`overlaps`: the engine's steps come in the order of a GPU's."""
     engine = Engine(MODEL, TOKENIZER, config)
+    engine.runner.overlaps = overlaps
     chat = None if template is None else ChatTemplate(template, TOKENIZER, Path())
     service = Service(engine, tokenizer=TOKENIZER, template=chat, name="tiny", **settings)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)

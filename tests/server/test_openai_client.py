@@ -19,7 +19,7 @@ IDS = TOKENIZER.encode(PROMPT)
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    with serving() as live:
+    with serving(overlaps=True) as live:
         yield live
         live.settle()
 
