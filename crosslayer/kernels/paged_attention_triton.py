@@ -49,15 +49,16 @@ def _attend(
         else:
             k = tl.load(keys + where)
             v = tl.load(values + where)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
         if MASKED:
             distance = positions[:, None] - key[None, :]
             seen = distance >= 0
             if WINDOW:
                 seen &= distance < WINDOW
+            # Scaled before: UNSEEN * scale - higher in one instruction would keep the rounding error, itself huge.
             scores = tl.where(seen, scores, UNSEEN)
-        higher = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - higher[:, None])
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, 1)
         sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * shrink[:, None], input_precision=PRECISION)
