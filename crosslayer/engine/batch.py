@@ -6,7 +6,7 @@ without padding, which is also the form in which attention kernels for ragged ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,18 +64,16 @@ class BatchBuilder:
     def on_host(self, step: Sequence[Scheduled], num_rows: int | None = None) -> HostBatch:
         """Describe a step. With `num_rows`, for steps in which every sequence gains one token and has its logits asked
         for, there are that many rows, and tables with room for any sequence: the shapes depend on nothing else."""
+        sequences = [item.sequence for item in step]
+        slots = [sequence.slot for sequence in sequences]
+        starts = [sequence.num_cached for sequence in sequences]
+        new = [item.new for item in step]
+        draws = [item.draws for item in step]
         ids: list[int] = []
-        slots, starts, new, draws = [], [], [], []
-        for item in step:
-            sequence, start = item.sequence, item.sequence.num_cached
-            known = sequence.tokens[start : start + item.new]
-            ids += known
-            if len(known) < item.new:
+        for sequence, start, count in zip(sequences, starts, new, strict=True):
+            ids += sequence.tokens[start : start + count]
+            if len(sequence.tokens) < start + count:
                 ids.append(UNKNOWN)
-            slots.append(sequence.slot)
-            starts.append(start)
-            new.append(item.new)
-            draws.append(item.draws)
         filler = 0 if num_rows is None else num_rows - len(step)
         row_slots = np.array(slots + [self.filler_slot] * filler)
         row_starts = np.array(starts + [0] * filler)
@@ -99,7 +97,7 @@ class BatchBuilder:
             arrays["wanted lengths"] = lengths[asked]
         size = self.cache.block_size
         for span, tables in self._tables.items():
-            tables.follow((item.sequence.slot, item.sequence.tables[span]) for item in step)
+            tables.follow(slots, [sequence.tables[span] for sequence in sequences])
             table, firsts = tables.of(row_slots, None if num_rows is None else self.cache.blocks_of_row(span))
             blocks = table[row_of, positions // size - firsts[row_of]].astype(np.int64)
             places = blocks * size + positions % size
@@ -141,15 +139,15 @@ class _Tables:
 
     def __init__(self, num_slots: int) -> None:
         self._blocks = np.zeros((num_slots, 1), dtype=np.int32)
-        self._firsts = np.zeros(num_slots, dtype=np.int32)
+        self._firsts = [0] * num_slots
         self._counts = [0] * num_slots
-        self._seen: list[tuple[BlockTable, int] | None] = [None] * num_slots
+        self._seen: list[BlockTable | None] = [None] * num_slots
 
-    def follow(self, tables: Iterable[tuple[int, BlockTable]]) -> None:
-        for slot, table in tables:
-            count, seen = len(table.blocks), self._seen[slot]
-            if seen is None or seen[0] is not table or seen[1] != table.first:
-                self._seen[slot] = (table, table.first)
+    def follow(self, slots: Sequence[int], tables: Sequence[BlockTable]) -> None:
+        for slot, table in zip(slots, tables, strict=True):
+            count = len(table.blocks)
+            if self._seen[slot] is not table or self._firsts[slot] != table.first:
+                self._seen[slot] = table
                 self._firsts[slot], self._counts[slot] = table.first, 0
             if (old := self._counts[slot]) != count:
                 if count > self._blocks.shape[1]:
@@ -163,4 +161,5 @@ class _Tables:
             width = max(self._counts[slot] for slot in slots.tolist())
         elif width > self._blocks.shape[1]:
             self._blocks = np.pad(self._blocks, ((0, 0), (0, width - self._blocks.shape[1])))
-        return self._blocks[slots, :width], self._firsts[slots]
+        firsts = np.array([self._firsts[slot] for slot in slots.tolist()], dtype=np.int32)
+        return self._blocks[slots, :width], firsts

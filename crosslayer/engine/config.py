@@ -29,7 +29,7 @@ class EngineConfig:
     """
 
     cache_bytes: int | None = None
-    block_size: int = 16
+    block_size: int = 32
     max_length: int | None = None
     max_running: int = 256
     max_step_tokens: int = 2048
