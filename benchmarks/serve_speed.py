@@ -5,9 +5,9 @@
     python -m benchmarks.serve_speed --out results.json --table
 
 The paper's 1B shape with random weights in bf16; greedy, random prompts, nothing ends a sequence early. Each engine
-runs in a process of its own. What it measured before it failed or ran out of time is kept, and --only measures one of
-them again. First the card's ceilings are measured, a copy of 2 GiB and an 8192³ matmul, from which comes the limit of
-each workload (`benchmarks.workloads.least_seconds`). The median of up to three runs counts.
+runs in a process of its own. What it measured before it failed or ran out of time is kept; --only measures one of them
+again, in place of what the file has of it. First come the card's ceilings, a copy of 2 GiB and an 8192³ matmul, and
+from these the limit of each workload (`benchmarks.workloads.least_seconds`). The median of up to three runs counts.
 """
 
 from __future__ import annotations
@@ -163,11 +163,10 @@ def _case(row: Row) -> tuple[object, ...]:
 def table(runs: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     lines = []
-    for who, run in runs.items():
+    for name, run in runs.items():
         ceilings, here = Ceilings(**run["ceilings"]), run["environment"]
         told = f"{ceilings.bytes_per_second / 1e12:.2f} TB/s, {ceilings.flops / 1e12:.0f} TFLOP/s"
-        lines.append(f"{who}: {here['gpu']}, torch {here['torch']}, {here['time']}; {told}")
-        lines += [f"{who}: {design}: {failed}" for design, failed in run["failed"].items()]
+        lines.append(f"{name}: {here['gpu']}, torch {here['torch']}, {here['time']}; {told}; {run['failed'] or 'done'}")
     lines += ["", "| workload | engine | design | tokens/s | of the limit | crosslayer is |"]
     lines += ["|---|---|---|---:|---:|---:|"]
     for row in compare(runs):
@@ -211,14 +210,13 @@ def measure(out: Path, engines: Sequence[str], designs: Sequence[str], vllm_site
     if others := {run["environment"]["gpu"] for run in runs.values()} - {here["gpu"]}:
         raise SystemExit(f"{out} was measured on {others.pop()} and this is {here['gpu']}; give another file")
     for who in engines:
-        run = runs[who] = {"environment": here, "ceilings": asdict(ceilings), "rows": [], "failed": {}}
         for design in designs if who == "ours" else [PEERS_DESIGN]:
             rows, failed = run_apart(who, design, vllm_site)
-            run["rows"] += rows
-            if failed:
-                run["failed"][design] = failed
-                print(f"{who}, {design}: {failed}", file=sys.stderr, flush=True)
+            run = {"environment": here, "ceilings": asdict(ceilings), "rows": rows, "failed": failed}
+            runs[f"{who}, {design}"] = run
             write_json(out, {"runs": runs})
+            if failed:
+                print(f"{who}, {design}: {failed}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python -m benchmarks.what_sharing_buys --out results.json --plot docs/images/what-sharing-buys.png
 
 The paper's 3B shape with random weights in bf16: MQA and MQA-CLA2, each with a bf16 and an fp8 cache, over pools of
-some sizes, for two kinds of requests: long prompts with short answers, and short prompts with long answers.
+some sizes, for two kinds of requests: long prompts with short answers, and shorter prompts with long answers.
 
 An engine is measured in the middle of its work. At the start its pool is filled with sequences at any stage of their
 answers, whose keys and values are taken to be there already: zeros are, and no speed depends on them.
@@ -40,6 +40,7 @@ from crosslayer.engine.request import Sequence
 from crosslayer.environment import describe_environment
 from crosslayer.files import read_json, write_json
 from crosslayer.plan import ModelConfig, parse_design, preset
+from crosslayer.plan.cost import kv_bytes_per_token
 from crosslayer.plan.units import format_bytes, parse_bytes
 
 Point = dict[str, Any]
@@ -73,7 +74,7 @@ class Mix:
 
 MIXES = (
     Mix("long prompts, short answers", "8192:16384", "256", 16640),
-    Mix("short prompts, long answers", "512:1024", "1024:2048", 3072),
+    Mix("shorter prompts, long answers", "2048:4096", "1024:2048", 6144),
 )
 
 
@@ -89,7 +90,7 @@ class Settings:
     settle: float = 1.0
     counted: float = 3.0
     load: float = 6.0
-    max_running: int = 512
+    max_running: int = 1024
     max_step_tokens: int = 8192
     device: str = "cuda"
 
@@ -179,12 +180,15 @@ def measure(settings: Settings, points: list[Point]) -> Iterator[Point]:
             if not mixes:
                 continue
             config = parse_design(design, settings.shape)
+            # As many as could fit, because an engine prepares for each number of sequences up to that.
+            shortest = min(int(mix.prompt.partition(":")[0]) for mix in settings.mixes)
+            fitting = pool // kv_bytes_per_token(config, dtype.replace("auto", "bf16")) // shortest
             engine = Engine(
                 random_model(config, settings.device, torch.bfloat16),
                 config=EngineConfig(
                     cache_bytes=pool,
                     max_length=max(mix.max_length for mix in settings.mixes),
-                    max_running=settings.max_running,
+                    max_running=max(1, min(settings.max_running, fitting)),
                     max_step_tokens=settings.max_step_tokens,
                     prefix_caching=False,
                     cache_dtype=dtype,

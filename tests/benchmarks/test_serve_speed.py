@@ -42,13 +42,13 @@ def test_rates_are_compared_with_the_limit_and_with_ours() -> None:
     environment = {"gpu": "a card", "torch": "2.11", "time": "now"}
     one, many = {"requests": 1, "prompt_tokens": 512, "new_tokens": 512}, Workload(64, 512, 128)
 
-    def run(failed: dict[str, str], *rows: dict[str, object]) -> dict[str, object]:
+    def run(failed: str | None, *rows: dict[str, object]) -> dict[str, object]:
         ceilings = {"bytes_per_second": 2.98e12, "flops": 772e12}
         return {"environment": environment, "ceilings": ceilings, "rows": list(rows), "failed": failed}
 
     runs = {
-        "ours": run(
-            {},
+        "ours, H128-MQA": run(
+            None,
             {"who": "crosslayer", "design": "H128-MQA", "workload": one, "tokens_per_second": 1200.0},
             {"who": "crosslayer", "design": "H128-MQA-CLA2", "workload": one, "tokens_per_second": 1300.0},
             {
@@ -59,8 +59,8 @@ def test_rates_are_compared_with_the_limit_and_with_ours() -> None:
                 "allocated_bytes_per_token": 10240.0,
             },
         ),
-        "vllm": run(
-            {"H128-MQA": "not done after 240 s"},
+        "vllm, H128-MQA": run(
+            "not done after 240 s",
             {"who": "vLLM", "design": "H128-MQA", "workload": vars(many), "tokens_per_second": 23_000.0},
             {"who": "vLLM", "design": "H128-MQA", "workload": one, "tokens_per_second": 600.0},
         ),
@@ -75,6 +75,6 @@ def test_rates_are_compared_with_the_limit_and_with_ours() -> None:
     assert compared[2]["share"] == pytest.approx(600 / 1560, rel=0.01)
     assert compared[3]["share"] == pytest.approx(23 / 46, rel=0.05)
     lines = table(runs).splitlines()
-    assert "vllm: H128-MQA: not done after 240 s" in lines
+    assert "vllm, H128-MQA: a card, torch 2.11, now; 2.98 TB/s, 772 TFLOP/s; not done after 240 s" in lines
     assert "| 1 x (512 in, 512 out) | vLLM | H128-MQA | 600 | 39% of 1,554 | 2.00 times as fast |" in lines
     assert "| crosslayer | H128-MQA | 16 GiB | 1,677,712 | 10,240 |" in lines
