@@ -27,13 +27,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.gpu import random_model
 from benchmarks.load import arrivals, parse_lengths, percentiles
-from benchmarks.sharing_plot import draw
+from benchmarks.sharing_report import Point, draw, table
 from crosslayer.engine import Engine, EngineConfig, Output, Request, SamplingParams
 from crosslayer.engine.config import CacheDtype
 from crosslayer.engine.request import Sequence
@@ -41,9 +40,8 @@ from crosslayer.environment import describe_environment
 from crosslayer.files import read_json, write_json
 from crosslayer.plan import ModelConfig, parse_design, preset
 from crosslayer.plan.cost import kv_bytes_per_token
-from crosslayer.plan.units import format_bytes, parse_bytes
+from crosslayer.plan.units import parse_bytes
 
-Point = dict[str, Any]
 # The first one's throughput is what rates are shares of.
 VARIANTS: tuple[tuple[str, CacheDtype], ...] = (
     ("MQA", "auto"),
@@ -105,6 +103,7 @@ class Busy:
         attach_prefix = engine.blocks.attach_prefix
 
         def attach(sequence: Sequence) -> None:
+            # As if all were in the prefix cache: the sequence gets its blocks, and its last token is computed.
             attach_prefix(sequence)
             if sequence.request.id in self._begun and sequence.num_prefix is None:
                 sequence.num_cached = len(sequence.tokens) - 1
@@ -128,6 +127,11 @@ class Busy:
             for _ in range(32):
                 self.add(begun=True)
             self.engine.step()
+        self._turn_away()  # those that come to run from now on cost what they cost
+
+    def _turn_away(self) -> None:
+        for sequence in list(self.engine.scheduler.waiting):
+            self.engine.abort(sequence.request.id)
 
     def saturated(self, seconds: float) -> tuple[float, float]:
         """Tokens per second and the mean number of sequences running, with requests waiting all the time."""
@@ -142,8 +146,7 @@ class Busy:
 
     def loaded(self, rate: float, seconds: float) -> Point:
         """Time to first token of those that come in the second half of the time, in milliseconds."""
-        for sequence in list(self.engine.scheduler.waiting):
-            self.engine.abort(sequence.request.id)
+        self._turn_away()
         due = list(arrivals(rate, seconds, self.rng))
         came: dict[str, float] = {}
         first: dict[str, float] = {}
@@ -219,22 +222,6 @@ def measure(settings: Settings, points: list[Point]) -> Iterator[Point]:
 
 def _key(point: Point) -> tuple[str, str, int]:
     return point["design"], point["cache_dtype"], point["pool"]
-
-
-def table(points: list[Point]) -> str:
-    """The points as Markdown."""
-    lines = ["| requests | pool | design | cache | running | tokens/s | time to first token at each rate, median |"]
-    lines.append("|---|---:|---|---|---:|---:|---|")
-    for point in sorted(points, key=lambda point: (point["mix"], point["pool"])):
-        loads = ", ".join(
-            f"{'over ' * bool(load['waiting'])}{load['ttft_ms']['p50'] / 1000:.2f} s at {load['rate']:.1f}/s"
-            for load in point["load"]
-            if load["ttft_ms"]
-        )
-        dtype = point["cache_dtype"].replace("auto", "bf16")
-        row = [point["mix"], format_bytes(point["pool"]), point["design"], dtype, f"{point['running']:.0f}"]
-        lines.append(f"| {' | '.join(row)} | {point['tokens_per_second']:,.0f} | {loads} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

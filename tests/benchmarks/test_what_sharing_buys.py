@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.load import arrivals
-from benchmarks.sharing_plot import draw
-from benchmarks.what_sharing_buys import MIXES, Busy, Mix, Point, Settings, measure, table
+from benchmarks.sharing_report import Point, draw, table
+from benchmarks.what_sharing_buys import MIXES, Busy, Mix, Settings, measure
 from crosslayer.engine import Engine, EngineConfig
 from crosslayer.model.paged import sequence_bytes
 from tests.conftest import tiny_config
@@ -44,7 +44,14 @@ def test_a_pool_is_filled_with_sequences_that_cost_nothing() -> None:
     )
     busy = Busy(engine, MIX, model.config.vocab_size)
     busy.fill()
-    assert len(engine.scheduler.running) >= 7
+    assert not engine.scheduler.waiting
+    running = list(engine.scheduler.running)
+    assert len(running) >= 7
+    assert all(sequence.num_prefix == len(sequence.request.prompt) - 1 for sequence in running)
+    busy.saturated(0.1)
+    later = [sequence for sequence in engine.scheduler.running if sequence not in running]
+    assert later
+    assert all(sequence.num_prefix == 0 for sequence in later)
     assert engine.cache_bytes_used > 0.7 * engine.runner.cache.nbytes
     busy.stop()
     assert not engine.has_work

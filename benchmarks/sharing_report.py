@@ -1,4 +1,4 @@
-"""The plot of what sharing buys: throughput against the size of the pool, time to first token against the load."""
+"""What sharing buys, as a table, and as a plot of throughput against the pool and time to first token against load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,24 @@ from matplotlib.figure import Figure
 from crosslayer.compare.plots import COLOURS
 from crosslayer.plan.units import format_bytes
 
+# A design, a cache dtype, a pool and a mix, and what was measured of them; see `benchmarks.what_sharing_buys`.
 Point = dict[str, Any]
+
+
+def table(points: Sequence[Point]) -> str:
+    """The points as Markdown."""
+    lines = ["| requests | pool | design | cache | running | tokens/s | time to first token at each rate, median |"]
+    lines.append("|---|---:|---|---|---:|---:|---|")
+    for point in sorted(points, key=lambda point: (point["mix"], point["pool"])):
+        loads = ", ".join(
+            f"{'over ' * bool(load['waiting'])}{load['ttft_ms']['p50'] / 1000:.2f} s at {load['rate']:.1f}/s"
+            for load in point["load"]
+            if load["ttft_ms"]
+        )
+        dtype = point["cache_dtype"].replace("auto", "bf16")
+        row = [point["mix"], format_bytes(point["pool"]), point["design"], dtype, f"{point['running']:.0f}"]
+        lines.append(f"| {' | '.join(row)} | {point['tokens_per_second']:,.0f} | {loads} |")
+    return "\n".join(lines)
 
 
 def draw(points: Sequence[Point]) -> Figure:
