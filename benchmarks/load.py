@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +34,14 @@ def parse_lengths(text: str, longest: int) -> Lengths:
         return lambda rng: max(1, min(longest, round(rng.lognormvariate(math.log(median), sigma))))
     low, _, high = text.partition(":")
     return lambda rng: min(longest, rng.randint(int(low), int(high or low)))
+
+
+def arrivals(rate: float, seconds: float, rng: random.Random, *, poisson: bool = True) -> Iterator[float]:
+    """When requests come, `rate` of them a second: Poisson's way, or regularly. The first one comes at once."""
+    due = 0.0
+    while due < seconds:
+        yield due
+        due += rng.expovariate(rate) if poisson else 1 / rate
 
 
 class Load:
@@ -123,12 +131,11 @@ class Load:
                 for _ in range(arguments.clients):
                     tasks.create_task(client())
             else:
-                due = started
-                while due < until:
-                    await asyncio.sleep(due - time.monotonic())
+                for due in arrivals(
+                    arguments.rate, arguments.seconds, self.rng, poisson=arguments.arrivals == "poisson"
+                ):
+                    await asyncio.sleep(started + due - time.monotonic())
                     tasks.create_task(self.request())
-                    poisson = arguments.arrivals == "poisson"
-                    due += self.rng.expovariate(arguments.rate) if poisson else 1 / arguments.rate
         return time.monotonic() - started
 
 

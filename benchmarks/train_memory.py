@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.train_speed import flops_per_token, matmul_rate, measure, our_step
+from benchmarks.gpu import matmul_rate
+from benchmarks.train_speed import flops_per_token, measure, our_step
 from crosslayer.environment import describe_environment
 from crosslayer.plan.presets import parse_design, preset
 from crosslayer.plan.training_memory import Recompute, training_memory

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,9 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu import matmul_rate, random_model, seconds
 from crosslayer.data import Batch
 from crosslayer.environment import describe_environment
-from crosslayer.model import Transformer
 from crosslayer.plan import ModelConfig
 from crosslayer.plan.cost import num_parameters
 from crosslayer.plan.presets import parse_design, preset
@@ -60,28 +59,6 @@ SHAPES: dict[str, tuple[ModelConfig, int, list[tuple[str, int, int]], list[int]]
 WARM_UP, TIMED = 3, 6
 
 
-def matmul_rate(size: int = 8192, repeats: int = 30) -> float:
-    """FLOP/s of a bf16 matmul of random matrices."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, repeats, repeats)[0]
-
-
-def seconds(step: Callable[[], object], warm_up: int, timed: int) -> tuple[float, float]:
-    """Mean seconds of a step, and those of the first, which compiles."""
-    started = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - started
-    for _ in range(warm_up - 1):
-        step()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(timed):
-        step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) / timed, first
-
-
 def flops_per_token(config: ModelConfig, length: int) -> float:
     weights = num_parameters(config) - config.vocab_size * config.hidden_size
     return 6 * weights + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length / 2
@@ -97,12 +74,7 @@ def our_step(
         micro_batch_size=micro,
         activation_checkpointing=recompute,
     )
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.to_empty(device="cuda")
-    for parameter in model.parameters():  # drawn here, which is sooner done than as training draws them
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim < 2), std=config.initializer_range)
-    step = TrainStep(model, recipe)
+    step = TrainStep(random_model(config, "cuda", torch.float32), recipe)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     return lambda: step(0, batch)

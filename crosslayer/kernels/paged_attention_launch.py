@@ -11,10 +11,11 @@ from triton import next_power_of_2
 
 from crosslayer.kernels.dependent_launch_triton import dependent_launch
 from crosslayer.kernels.paged_attention import AttentionRows
-from crosslayer.kernels.paged_attention_triton import many_queries_kernel, one_query_kernel
+from crosslayer.kernels.paged_attention_triton import combine_kernel, many_queries_kernel, one_query_kernel
 
-# Rows of one query are split for about so many programs, one for each of an H100's processors.
-PROGRAMS, MOST_SPLITS = 128, 64
+# Rows of one query are split for at least so many programs: half of an H100's processors keep its memory busy, and what
+# more of them save is less than what it costs to put their results together.
+PROGRAMS, MOST_SPLITS = 64, 64
 
 
 class Tiles(NamedTuple):
@@ -85,25 +86,17 @@ def launch_paged_attention(
             return output
     one = one or tiles_of_one(share, padded, q.dtype)
     splits = splits or splits_of(num_rows, groups)
+    split = {"TILE_KEYS": one.keys, "SPLITS": splits}
     partials = num_rows * heads * splits if splits > 1 else 0
     sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
     scores = torch.empty(partials, dtype=torch.float32, device=q.device)
     one_query_kernel[(num_rows, groups, splits)](
-        q, keys, values, output, sums, scores, _arrived(q.device, num_rows * groups),
-        rows.starts, rows.lengths, rows.tables, rows.firsts, rows.tables.stride(0), q.stride(0), scale, value_scale,
-        **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys, SPLITS=splits,
-        num_warps=one.num_warps, num_stages=one.num_stages,
+        q, keys, values, output, sums, scores, rows.starts, rows.lengths, rows.tables, rows.firsts,
+        rows.tables.stride(0), q.stride(0), scale, value_scale, **common, GROUPS=groups, TILE_ROWS=one.rows,
+        num_warps=one.num_warps, num_stages=one.num_stages, **split,
     )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(num_rows, heads)](
+            output, sums, scores, rows.starts, rows.lengths, rows.firsts, value_scale, **common, **split, num_warps=4
+        )  # fmt: skip
     return output
-
-
-# By device, the largest last. Smaller ones stay: a CUDA graph may use them.
-_COUNTERS: dict[torch.device, list[Tensor]] = {}
-
-
-def _arrived(device: torch.device, size: int) -> Tensor:
-    """At least so many counters, all of them zero between two kernels of a stream."""
-    counters = _COUNTERS.setdefault(device, [])
-    if not counters or len(counters[-1]) < size:
-        counters.append(torch.zeros(max(4096, size), dtype=torch.int32, device=device))
-    return counters[-1]

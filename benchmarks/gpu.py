@@ -1,0 +1,50 @@
+"""What a card can do at all, and models whose weights are drawn on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from crosslayer.model import Transformer
+from crosslayer.plan import ModelConfig
+
+
+def seconds(step: Callable[[], object], warm_up: int, timed: int) -> tuple[float, float]:
+    """Mean seconds of a step, and those of the first, which compiles."""
+    started = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - started
+    for _ in range(warm_up - 1):
+        step()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(timed):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / timed, first
+
+
+def matmul_rate(size: int = 8192, repeats: int = 30) -> float:
+    """FLOP/s of a bf16 matmul of random matrices."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, repeats, repeats)[0]
+
+
+def copy_rate(nbytes: int = 2**31, repeats: int = 20) -> float:
+    """Bytes per second, read and written, of a copy of `nbytes` from one place of the card's memory to another."""
+    a, b = (torch.ones(nbytes, device="cuda", dtype=torch.uint8) for _ in range(2))
+    return 2 * nbytes / seconds(lambda: b.copy_(a), repeats, repeats)[0]
+
+
+def random_model(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Transformer:
+    """A model with random weights drawn on its device, which is sooner done than as training draws them."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim < 2), std=config.initializer_range)
+    return model
