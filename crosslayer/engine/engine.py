@@ -121,8 +121,9 @@ class Engine:
         if not length:
             raise UserError("there is nothing to continue: the prompt has no tokens")
         ids = (*request.prompt, *request.params.stop_token_ids)
-        if wrong := next((token for token in ids if not 0 <= token < config.vocab_size), None):
-            raise UserError(f"token {wrong} does not exist: the model knows 0 to {config.vocab_size - 1}")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < config.vocab_size:
+                raise UserError(f"token {token} does not exist: the model knows 0 to {config.vocab_size - 1}")
         if request.params.stop and self.tokenizer is None:
             raise UserError("stop strings need an engine with a tokenizer")
         most = min(self.max_length, self.blocks.max_tokens)

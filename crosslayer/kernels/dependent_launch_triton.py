@@ -4,6 +4,8 @@ Short kernels that follow each other, as in a decode step, save most of what lie
 Hopper on. Triton's interpreter knows nothing of it, which is why the kernels are told.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,12 @@ def follow(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@cache
+def can_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def dependent_launch(x: Tensor) -> dict[str, bool]:
     """What a kernel that calls `follow` is launched with, beside its other arguments."""
-    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    pdl = can_overlap(x.device)
     return {"PDL": pdl, "launch_pdl": pdl}

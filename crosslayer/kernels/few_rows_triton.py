@@ -17,13 +17,14 @@ for the kernels before it. What makes that safe:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from crosslayer.kernels.dependent_launch_triton import can_overlap
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,6 @@ SWIGLU = Launch(rows=2, num_warps=2)
 ADD = Launch(rows=4, num_warps=8)
 LONG_ADD = Launch(rows=8, num_warps=4)  # where x is wider than 4096
 LOGITS = Launch(rows=2, num_warps=4)
-
-
-@cache
-def can_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def project_rope_store(
