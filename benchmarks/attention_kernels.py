@@ -193,7 +193,8 @@ def main() -> None:
     torch.manual_seed(0)
     copies, products = copy_rate(), matmul_rate()
     print(f"copy: {copies / 1e9:.0f} GB/s; 8192^3 bf16 matmul: {products / 1e12:.0f} TFLOP/s", flush=True)
-    usual = {"one": tiles_of_one(16, DIM, torch.bfloat16), "many": tiles_of_many(16, DIM, torch.bfloat16)}
+    one = {rows: tiles_of_one(rows, 16, DIM, torch.bfloat16) for rows in (1, 64, 512)}
+    usual = {"one": one, "many": tiles_of_many(16, DIM, torch.bfloat16)}
     results: dict[str, Any] = {"environment": describe_environment(), "tiles": usual, "rows": []}
     results |= {"copy_bytes_per_second": copies, "matmul_flops_per_second": products}
     for shape in SHAPES:

@@ -42,7 +42,7 @@ def flash_infer(batches: list[Batch]) -> Calls:
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
             wrapper.plan(indptr, indices, last, heads, groups, DIM, BLOCK_SIZE, **types)
         else:
-            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
             wrapper.plan(
                 b.rows.starts, indptr, indices, last, heads, groups, DIM, BLOCK_SIZE, causal=True, **types
             )  # fmt: skip

@@ -33,10 +33,12 @@ def matmul_rate(size: int = 8192, repeats: int = 30) -> float:
     return 2 * size**3 / seconds(lambda: a @ b, repeats, repeats)[0]
 
 
-def copy_rate(nbytes: int = 2**31, repeats: int = 20) -> float:
-    """Bytes per second, read and written, of a copy of `nbytes` from one place of the card's memory to another."""
-    a, b = (torch.ones(nbytes, device="cuda", dtype=torch.uint8) for _ in range(2))
-    return 2 * nbytes / seconds(lambda: b.copy_(a), repeats, repeats)[0]
+def copy_rate(numbers: int = 2**30, repeats: int = 20) -> float:
+    """Bytes per second, read and written, of a copy of 2 GiB from one place of the card's memory to another: by the
+    driver or by a kernel, whichever is faster."""
+    a, b = (torch.ones(numbers, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    ways = (lambda: b.copy_(a), lambda: torch.neg(a, out=b))
+    return 2 * a.nbytes / min(seconds(way, repeats, repeats)[0] for way in ways)
 
 
 def random_model(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Transformer:

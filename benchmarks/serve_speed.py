@@ -98,7 +98,7 @@ class Runner(NamedTuple):
 
 RUNNERS = {
     "ours": Runner(our_rows_and_capacity, WORKLOADS, 150),
-    "transformers": Runner(transformers_rows, (WORKLOADS[0], WORKLOADS[1], WORKLOADS[-1]), 240),
+    "transformers": Runner(transformers_rows, (WORKLOADS[0], WORKLOADS[1], WORKLOADS[-1]), 180),
     "vllm": Runner(vllm_rows, WORKLOADS, 240),
 }
 # vLLM in one process, with nothing that it would compile or fetch first.

@@ -18,8 +18,20 @@ def follow(PDL: tl.constexpr):
 
     A kernel ends after its own wait, so that to wait for the last one is to wait for all.
     """
+    let_next_begin(PDL)
+    wait_for_previous(PDL)
+
+
+@triton.jit
+def let_next_begin(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Before this, only what no kernel in flight writes may be read: weights, and what the host has sent."""
+    if PDL:
         tl.extra.cuda.gdc_wait()
 
 

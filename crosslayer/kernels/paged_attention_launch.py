@@ -11,11 +11,10 @@ from triton import next_power_of_2
 
 from crosslayer.kernels.dependent_launch_triton import dependent_launch
 from crosslayer.kernels.paged_attention import AttentionRows
-from crosslayer.kernels.paged_attention_triton import combine_kernel, many_queries_kernel, one_query_kernel
+from crosslayer.kernels.paged_attention_triton import many_queries_kernel, one_query_kernel
 
-# Rows of one query are split for at least so many programs: half of an H100's processors keep its memory busy, and what
-# more of them save is less than what it costs to put their results together.
-PROGRAMS, MOST_SPLITS = 64, 64
+# Rows of one query are split for about so many programs, one for each of an H100's processors.
+PROGRAMS, MOST_SPLITS = 128, 64
 
 
 class Tiles(NamedTuple):
@@ -37,11 +36,17 @@ def tiles_of_many(share: int, padded: int, dtype: torch.dtype) -> Tiles:
     return Tiles(max(128, least), 64, 8, 3)
 
 
-def tiles_of_one(share: int, padded: int, dtype: torch.dtype) -> Tiles:
+def tiles_of_one(num_rows: int, share: int, padded: int, dtype: torch.dtype) -> Tiles:
     """For rows of one query: enough keys under way at a time to hide how far it is to memory."""
     rows, key_bytes = max(16, next_power_of_2(share)), padded * dtype.itemsize
-    small = rows <= 32 and key_bytes <= 512
-    return Tiles(rows, 64 if key_bytes <= 256 else 32, 4 if small else 8, 3 if small else 2)
+    if rows > 32 or key_bytes > 512:
+        return Tiles(rows, 64 if key_bytes <= 256 else 32, 8, 2)
+    if key_bytes > 256:
+        return Tiles(rows, 32, 4, 3)
+    # The best of those that benchmarks/attention_kernels.py tries on an H100.
+    if num_rows <= 4:
+        return Tiles(rows, 64, 8, 2)
+    return Tiles(rows, 128, 8, 3) if num_rows <= 128 else Tiles(rows, 64, 4, 3)
 
 
 def splits_of(num_rows: int, groups: int) -> int:
@@ -84,19 +89,27 @@ def launch_paged_attention(
         )  # fmt: skip
         if num_queries == num_rows * rows.most_queries:
             return output
-    one = one or tiles_of_one(share, padded, q.dtype)
+    one = one or tiles_of_one(num_rows * groups, share, padded, q.dtype)
     splits = splits or splits_of(num_rows, groups)
-    split = {"TILE_KEYS": one.keys, "SPLITS": splits}
     partials = num_rows * heads * splits if splits > 1 else 0
     sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
     scores = torch.empty(partials, dtype=torch.float32, device=q.device)
     one_query_kernel[(num_rows, groups, splits)](
-        q, keys, values, output, sums, scores, rows.starts, rows.lengths, rows.tables, rows.firsts,
-        rows.tables.stride(0), q.stride(0), scale, value_scale, **common, GROUPS=groups, TILE_ROWS=one.rows,
-        num_warps=one.num_warps, num_stages=one.num_stages, **split,
+        q, keys, values, output, sums, scores, _arrived(q.device, num_rows * groups),
+        rows.starts, rows.lengths, rows.tables, rows.firsts, rows.tables.stride(0), q.stride(0), scale, value_scale,
+        **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys, SPLITS=splits,
+        num_warps=one.num_warps, num_stages=one.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        combine_kernel[(num_rows, heads)](
-            output, sums, scores, rows.starts, rows.lengths, rows.firsts, value_scale, **common, **split, num_warps=4
-        )  # fmt: skip
     return output
+
+
+# By device, the largest last. Smaller ones stay: a CUDA graph may use them.
+_COUNTERS: dict[torch.device, list[Tensor]] = {}
+
+
+def _arrived(device: torch.device, size: int) -> Tensor:
+    """At least so many counters, all of them zero between two kernels of a stream."""
+    counters = _COUNTERS.setdefault(device, [])
+    if not counters or len(counters[-1]) < size:
+        counters.append(torch.zeros(max(4096, size), dtype=torch.int32, device=device))
+    return counters[-1]

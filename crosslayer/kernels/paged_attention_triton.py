@@ -2,8 +2,8 @@
 
 The H/G query heads that share a key are rows of one matrix, so that with one key head a single query fills a tensor
 core's 16 rows, and a key is read once for all of them. Rows with one query, whose time is the reading of their keys,
-are split along the keys over many programs, whose results a second kernel combines. The other rows are cut into tiles
-of queries. A batch with both kinds takes both paths.
+are split along the keys over many programs, the last of which puts the parts together. The other rows are cut into
+tiles of queries. A batch with both kinds takes both paths.
 
 In the kernels a row's keys are counted from the first block it still has.
 """
@@ -11,7 +11,7 @@ In the kernels a row's keys are counted from the first block it still has.
 import triton
 import triton.language as tl
 
-from crosslayer.kernels.dependent_launch_triton import follow
+from crosslayer.kernels.dependent_launch_triton import follow, let_next_begin, wait_for_previous
 
 # The score of a key that may not be seen. It is finite, so that no -inf - -inf is a NaN: a query that has not seen any
 # key yet collects nonsense with this maximum, and forgets it, times exp2(-1e30), with the first key it sees.
@@ -138,42 +138,87 @@ def many_queries_kernel(
 
 
 @triton.jit
-def _split(
-    length, first, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr
-):
-    """The keys that the last token of a row sees, from and to, and how many of them a split gets."""
-    end = tl.maximum(length - first * BLOCK_SIZE, 0)
-    begin = tl.maximum(end - WINDOW, 0) if WINDOW else 0
-    return begin, end, tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), SPLITS) * TILE_KEYS
+def _fetch(
+    keys, values, table, begin, last, group,
+    GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Bring the first tile of keys and values into the L2 cache. Nothing is read: what is written later counts."""
+    LINE: tl.constexpr = 128 // (keys.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = PADDED // LINE if PADDED > LINE else 1
+    key = tl.maximum(tl.minimum(begin + tl.arange(0, TILE_KEYS), last - 1), 0)
+    block = tl.load(table + key // BLOCK_SIZE)
+    offsets = ((block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * GROUPS + group) * DIM
+    where = offsets[:, None] + tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)[None, :]
+    _prefetch(keys + where)
+    _prefetch(values + where)
+
+
+@triton.jit
+def _prefetch(pointers):
+    CODE: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(CODE, "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _combine(
+    partial_scores, partial_sums, used, place, heads, mine, inside, HEADS: tl.constexpr, DIM: tl.constexpr,
+    AT_A_TIME: tl.constexpr,
+):  # fmt: skip
+    """Scores, totals and sums, as `_attend` has them, of the first `used` splits of a row together."""
+    top = tl.full(heads.shape, UNSEEN, tl.float32)
+    total = tl.zeros(heads.shape, tl.float32)
+    sums = tl.zeros(place.shape, tl.float32)
+    for first in tl.range(0, used, AT_A_TIME):
+        for offset in tl.static_range(AT_A_TIME):  # loads that do not wait for each other
+            split = first + offset
+            # Another processor has written them: not what may lie in this one's own cache.
+            score = tl.load(partial_scores + split * HEADS + heads, mask=mine & (split < used), other=UNSEEN,
+                            cache_modifier=".cg")  # fmt: skip
+            part = tl.load(partial_sums + split * HEADS * DIM + place, mask=inside & (split < used), other=0.0,
+                           cache_modifier=".cg")  # fmt: skip
+            higher = tl.maximum(top, score)
+            weight, shrink = tl.exp2(score - higher), tl.exp2(top - higher)
+            total = total * shrink + weight
+            sums = sums * shrink[:, None] + part * weight[:, None]
+            top = higher
+    return total, sums
 
 
 @triton.jit(do_not_specialize=VARYING[1:], do_not_specialize_on_alignment=ANYWHERE)
 def one_query_kernel(
-    q, keys, values, output, partial_sums, partial_scores, starts, lengths, tables, firsts, table_stride, q_stride,
-    scale, value_scale, WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
+    q, keys, values, output, partial_sums, partial_scores, arrived, starts, lengths, tables, firsts, table_stride,
+    q_stride, scale, value_scale, WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some keys of a row of one query, with the heads of one key head; with one split, all keys and the output."""
-    follow(PDL)
+    """Some keys of a row of one query, with the heads of one key head. The program that is done last with its part of a
+    row puts the parts together; `arrived` [rows, G] counts them, and is zeros before and after."""
+    let_next_begin(PDL)
     SHARE: tl.constexpr = HEADS // GROUPS
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(starts + row).to(tl.int64)
     if tl.load(starts + row + 1) - token != 1:
         return
-    length, first = tl.load(lengths + row), tl.load(firsts + row)
-    begin, end, part = _split(length, first, SPLITS, WINDOW, BLOCK_SIZE, TILE_KEYS)
-    begin += split * part
-    if SPLITS > 1 and begin >= end:
+    end = tl.maximum(tl.load(lengths + row) - tl.load(firsts + row) * BLOCK_SIZE, 0)
+    begin = tl.maximum(end - WINDOW, 0) if WINDOW else 0
+    part = tl.maximum(tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), SPLITS), 1) * TILE_KEYS
+    used = tl.maximum(tl.cdiv(end - begin, part), 1)
+    if split >= used:
         return
+    begin += split * part
+    last = tl.minimum(begin + part, end)
+    table = tables + tl.cast(row, tl.int64) * table_stride
+    if PDL:  # while the kernels before still make the query and the newest key
+        _fetch(keys, values, table, begin, last, group, GROUPS, DIM, PADDED, BLOCK_SIZE, TILE_KEYS)
+    wait_for_previous(PDL)
     rows, dims = tl.arange(0, TILE_ROWS), tl.arange(0, PADDED)
     heads = group * SHARE + rows
-    inside = (rows < SHARE)[:, None] & (dims < DIM)[None, :]
+    mine = rows < SHARE
+    inside = mine[:, None] & (dims < DIM)[None, :]
     place = (heads * DIM)[:, None] + dims[None, :]
     q_tile = tl.load(q + token * q_stride + place, mask=inside, other=0.0)
-    last = tl.minimum(begin + part, end)
     top, total, sums = _attend(
-        q_tile, keys, values, tables + tl.cast(row, tl.int64) * table_stride, begin, last,
+        q_tile, keys, values, table, begin, last,
         # All keys before the last one are seen.
         tl.zeros((TILE_ROWS,), tl.int32) + last - 1, last,
         tl.full((TILE_ROWS,), UNSEEN, tl.float32),
@@ -181,37 +226,17 @@ def one_query_kernel(
         tl.zeros((TILE_ROWS, PADDED), tl.float32),
         group, scale, True, 0, GROUPS, DIM, BLOCK_SIZE, TILE_KEYS,
     )  # fmt: skip
-    if SPLITS == 1:
+    to = output + token * (HEADS * DIM) + place
+    if used == 1:
         result = sums * tl.where(total > 0, value_scale / total, 0.0)[:, None]
-        tl.store(output + token * (HEADS * DIM) + place, result.to(output.dtype.element_ty), mask=inside)
+        tl.store(to, result.to(output.dtype.element_ty), mask=inside)
     else:
-        partial = (row.to(tl.int64) * SPLITS + split) * HEADS
-        tl.store(partial_sums + partial * DIM + place, sums / total[:, None], mask=inside)
-        tl.store(partial_scores + partial + heads, top + tl.log2(total), mask=rows < SHARE)
-
-
-@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
-def combine_kernel(
-    output, partial_sums, partial_scores, starts, lengths, firsts, value_scale, WINDOW: tl.constexpr,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One head of a row of one query: the splits' results, weighted by exp2 of what they have for scores."""
-    follow(PDL)
-    row, head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(starts + row).to(tl.int64)
-    if tl.load(starts + row + 1) - token != 1:
-        return
-    length, first = tl.load(lengths + row), tl.load(firsts + row)
-    begin, end, part = _split(length, first, SPLITS, WINDOW, BLOCK_SIZE, TILE_KEYS)
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, PADDED)
-    used = begin + splits * part < end
-    partial = (row.to(tl.int64) * SPLITS + splits) * HEADS + head
-    scores = tl.load(partial_scores + partial, mask=used, other=UNSEEN)
-    weights = tl.where(used, tl.exp2(scores - tl.max(scores, 0)), 0.0)
-    inside = used[:, None] & (dims < DIM)[None, :]
-    sums = tl.load(partial_sums + partial[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
-    total = tl.sum(weights, 0)
-    result = tl.sum(sums * weights[:, None], 0) * tl.where(total > 0, value_scale / total, 0.0)
-    target = output + (token * HEADS + head) * DIM + dims
-    tl.store(target, result.to(output.dtype.element_ty), mask=dims < DIM)
+        partial_sums += tl.cast(row, tl.int64) * (SPLITS * HEADS * DIM)
+        partial_scores += tl.cast(row, tl.int64) * (SPLITS * HEADS)
+        tl.store(partial_sums + split * HEADS * DIM + place, sums / total[:, None], mask=inside)
+        tl.store(partial_scores + split * HEADS + heads, top + tl.log2(total), mask=mine)
+        tl.debug_barrier()  # what all threads have written is there before one of them says so
+        if tl.atomic_add(arrived + row * GROUPS + group, 1, sem="acq_rel") == used - 1:
+            tl.store(arrived + row * GROUPS + group, 0)
+            total, sums = _combine(partial_scores, partial_sums, used, place, heads, mine, inside, HEADS, DIM, 4)
+            tl.store(to, (sums * (value_scale / total)[:, None]).to(output.dtype.element_ty), mask=inside)
