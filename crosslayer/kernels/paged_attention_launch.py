@@ -15,6 +15,8 @@ from crosslayer.kernels.paged_attention_triton import many_queries_kernel, one_q
 
 # Rows of one query are split for about so many programs, one for each of an H100's processors.
 PROGRAMS, MOST_SPLITS = 128, 64
+# Of up to so many rows, the first keys are brought into the L2 cache ahead of time; more are in each other's way.
+FETCHED = 16
 
 
 class Tiles(NamedTuple):
@@ -94,10 +96,11 @@ def launch_paged_attention(
     partials = num_rows * heads * splits if splits > 1 else 0
     sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
     scores = torch.empty(partials, dtype=torch.float32, device=q.device)
+    fetch = common["PDL"] and num_rows * groups <= FETCHED
     one_query_kernel[(num_rows, groups, splits)](
         q, keys, values, output, sums, scores, _arrived(q.device, num_rows * groups),
         rows.starts, rows.lengths, rows.tables, rows.firsts, rows.tables.stride(0), q.stride(0), scale, value_scale,
-        **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys, SPLITS=splits,
+        **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys, SPLITS=splits, FETCH=fetch,
         num_warps=one.num_warps, num_stages=one.num_stages,
     )  # fmt: skip
     return output

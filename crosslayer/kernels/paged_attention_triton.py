@@ -189,7 +189,7 @@ def one_query_kernel(
     q, keys, values, output, partial_sums, partial_scores, arrived, starts, lengths, tables, firsts, table_stride,
     q_stride, scale, value_scale, WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some keys of a row of one query, with the heads of one key head. The program that is done last with its part of a
     row puts the parts together; `arrived` [rows, G] counts them, and is zeros before and after."""
@@ -208,7 +208,7 @@ def one_query_kernel(
     begin += split * part
     last = tl.minimum(begin + part, end)
     table = tables + tl.cast(row, tl.int64) * table_stride
-    if PDL:  # while the kernels before still make the query and the newest key
+    if FETCH:  # while the kernels before still make the query and the newest key
         _fetch(keys, values, table, begin, last, group, GROUPS, DIM, PADDED, BLOCK_SIZE, TILE_KEYS)
     wait_for_previous(PDL)
     rows, dims = tl.arange(0, TILE_ROWS), tl.arange(0, PADDED)
