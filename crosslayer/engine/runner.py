@@ -33,7 +33,7 @@ class Runner:
 
     def __init__(self, model: Transformer, config: EngineConfig, max_length: int, device: torch.device) -> None:
         self.device, self.config = device, model.config
-        on_gpu = device.type == "cuda"
+        self._on_gpu = device.type == "cuda"
         fp8 = config.cache_dtype == "fp8"
         weight, block_size = model.lm_head.weight, config.block_size
         dtype = FP8 if fp8 else weight.dtype
@@ -46,12 +46,12 @@ class Runner:
             model.config, num_blocks, block_size, max_length, dtype=dtype, device=device, scales=scales
         )
         # On a GPU, what is launched is not done yet when `launch` returns.
-        self.overlaps = on_gpu
+        self.overlaps = self._on_gpu
         self._builder = BatchBuilder(self.cache, config.max_running)
         # The token last drawn in each slot, also while the host does not know it yet.
         self._last = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
         self._graphs: dict[int, GraphedStep] = {}
-        if on_gpu:
+        if self._on_gpu:
             self._capture(graph_sizes(config.max_running))
 
     @torch.inference_mode()
@@ -67,7 +67,7 @@ class Runner:
             size = next((size for size in self._graphs if size >= len(step)), None)
         host = self._builder.on_host(step, size)
         if size is None:
-            packed = pack(host.arrays, pinned=self.device.type == "cuda").to(self.device, non_blocking=True)
+            packed = pack(host.arrays, pinned=self._on_gpu).to(self.device, non_blocking=True)
             batch = self._builder.on_device(host, unpack(packed, host.arrays))
             logits, tokens = self._compute(batch)
         else:
@@ -85,13 +85,13 @@ class Runner:
         return logits, likeliest(logits, batch.drawing_slots, self._last)
 
     def _capture(self, sizes: Sequence[int]) -> None:
-        """Make the graphs, the largest first: the others' memory is part of its own."""
+        """Make the graphs, the largest first: the others find room for what they compute in its memory."""
         memory = torch.cuda.graph_pool_handle()
         graphs = {size: GraphedStep(self._compute, self._builder, size, memory) for size in reversed(sizes)}
         self._graphs = dict(sorted(graphs.items()))
 
     def _free_memory(self, sequence: int) -> int:
-        if self.device.type != "cuda":
+        if not self._on_gpu:
             return max(CPU_CACHE_BYTES, sequence)  # a CPU's memory is taken only as it is written to
         torch.cuda.empty_cache()
         return int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
