@@ -54,7 +54,7 @@ def our_rows(config: ModelConfig, workloads: Iterable[Workload], device: str) ->
     workloads = list(workloads)
     model = random_model(config, device, torch.bfloat16)
     longest = max(workload.length for workload in workloads)
-    llm = LLM(model, EngineConfig(max_length=longest, max_running=512, max_step_tokens=8192, prefix_caching=False))
+    llm = LLM(model, EngineConfig(max_length=longest, max_running=512, prefix_caching=False))
     for workload in workloads:
         params = SamplingParams(max_tokens=workload.new_tokens, ignore_eos=True)
 

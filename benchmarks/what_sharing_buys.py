@@ -89,7 +89,6 @@ class Settings:
     counted: float = 3.0
     load: float = 6.0
     max_running: int = 1024
-    max_step_tokens: int = 8192
     device: str = "cuda"
 
 
@@ -192,7 +191,6 @@ def measure(settings: Settings, points: list[Point]) -> Iterator[Point]:
                     cache_bytes=pool,
                     max_length=max(mix.max_length for mix in settings.mixes),
                     max_running=max(1, min(settings.max_running, fitting)),
-                    max_step_tokens=settings.max_step_tokens,
                     prefix_caching=False,
                     cache_dtype=dtype,
                 ),

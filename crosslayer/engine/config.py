@@ -19,7 +19,8 @@ class EngineConfig:
     `block_size`: tokens per block.
     `max_length`: tokens of a sequence, prompt and continuation (None: the model's context).
     `max_running`: sequences that are in the cache at a time.
-    `max_step_tokens`: tokens that go through the model in one step, prompts in chunks if need be.
+    `max_step_tokens`: tokens that go through the model in one step, prompts in chunks if need be (None: 8192 on a GPU,
+    2048 elsewhere).
     `prefix_caching`: sequences use the blocks of others that begin alike.
     `cache_dtype`: keys and values are stored in the model's precision ("auto") or in 8 bits ("fp8"; see
     `crosslayer.model.fp8`).
@@ -32,7 +33,7 @@ class EngineConfig:
     block_size: int = 32
     max_length: int | None = None
     max_running: int = 256
-    max_step_tokens: int = 2048
+    max_step_tokens: int | None = None
     prefix_caching: bool = True
     cache_dtype: CacheDtype = "auto"
 

@@ -19,6 +19,9 @@ from crosslayer.engine.text import TextStream
 from crosslayer.errors import UserError
 from crosslayer.model import Transformer
 
+# A GPU is done with a small step sooner than the next one can be launched; on a CPU, long steps keep everybody waiting.
+GPU_STEP_TOKENS, STEP_TOKENS = 8192, 2048
+
 
 class Engine:
     """Continues many requests at once. Not safe for threads: one caller adds, steps and aborts.
@@ -45,7 +48,8 @@ class Engine:
         self.blocks = BlockManager(
             self.runner.cache.num_blocks, config.block_size, self.max_length, prefix_caching=config.prefix_caching
         )
-        self.scheduler = Scheduler(self.blocks, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
+        step_tokens = config.max_step_tokens or (GPU_STEP_TOKENS if self.runner.device.type == "cuda" else STEP_TOKENS)
+        self.scheduler = Scheduler(self.blocks, max_running=config.max_running, max_step_tokens=step_tokens)
         self._samples: dict[str, list[Sequence]] = {}  # those that have not ended, by request
         self._launched: deque[tuple[list[Scheduled], Draws]] = deque()  # steps whose tokens were not collected yet
 

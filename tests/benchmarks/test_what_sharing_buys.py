@@ -70,7 +70,6 @@ def points() -> list[Point]:
         counted=0.2,
         load=0.4,
         max_running=64,
-        max_step_tokens=64,
         device="cpu",
     )
     first = next(measure(settings, found))
