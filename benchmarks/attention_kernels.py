@@ -92,7 +92,8 @@ SHAPES = (
     Shape("prompts 4 x 2048, fp8", ((4, 2048, 2048),), fp8=True),
     Shape("256 x 640 and 4 x 512", ((256, 1, 640), (4, 512, 512)), sweep=True),
 )
-ONE = [Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 4), Tiles(16, 32, 4, 4), Tiles(16, 32, 2, 4), Tiles(16, 128, 4, 2)]
+ONE = [Tiles(16, 64, 8, 2), Tiles(16, 128, 8, 3), Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 4)]
+ONE += [Tiles(16, 32, 4, 4), Tiles(16, 32, 2, 4), Tiles(16, 128, 4, 2)]
 MANY = [Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 4), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)]
 
 
@@ -162,7 +163,7 @@ def candidates(shape: Shape) -> dict[str, Callable[[list[Batch]], Calls]]:
     found: dict[str, Callable[[list[Batch]], Calls]] = {"ours": ours}
     if shape.sweep:
         queries = {count for count, _ in shape.each}
-        usual = splits_of(len(shape.each), shape.groups)
+        usual = splits_of(len(shape.each) * shape.groups)
         one = ONE if 1 in queries else []
         found |= {f"ours, one={tuple(tiles)}": partial(ours, one=tiles) for tiles in one}
         splits = {usual // 2, usual * 2, usual * 4} & {1, 2, 4, 8, 16, 32, 64} if 1 in queries else ()

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -24,10 +26,9 @@ from torch.nn.functional import linear
 
 from crosslayer.environment import describe_environment
 from crosslayer.files import write_json
-from crosslayer.kernels import few_rows
-from crosslayer.kernels import few_rows_triton as kernels
+from crosslayer.kernels import few_rows_launch as kernels
 from crosslayer.kernels import paged_attention as attention
-from crosslayer.kernels.few_rows_triton import Launch
+from crosslayer.kernels.few_rows_launch import Launch
 from crosslayer.plan.presets import parse_design, preset
 
 CONFIG = parse_design("H128-MQA-CLA2", preset("paper-1b"))
@@ -65,6 +66,11 @@ def seconds(run: Callable[[], object], timed: int) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / timed
+
+
+def without_overlap() -> Any:
+    """Kernels of few rows begin when the kernel before has ended."""
+    return patch.object(kernels, "dependent_launch", lambda x: {"PDL": False, "launch_pdl": False})
 
 
 def copy_rate() -> float:
@@ -156,21 +162,20 @@ def measure_alone(rate: float) -> list[dict[str, Any]]:
         size = 2 * shape[0] * shape[1]
         weights = [draw(*shape) for _ in range(2 + int(COLD_BYTES / size))]
         default = DEFAULTS[name]
-        cases: list[tuple[int, Launch | None]] = [
-            (1, None),
-            (few_rows.MOST_ROWS, None),
-            (1, replace(default, overlap=False)),
-        ]
-        cases += [(1, cut) for cut in CUTS] + [(few_rows.MOST_ROWS, default)]
-        for count, launch in cases:
+        cases: list[tuple[int, Launch | None, bool]] = [(1, None, True), (kernels.MOST_ROWS, None, True)]
+        cases += [(1, default, False), *((1, cut, True) for cut in CUTS), (kernels.MOST_ROWS, default, True)]
+        for count, launch, overlap in cases:
             products, x = Products.of(count), draw(count, shape[1])
             torch.cuda.synchronize()  # a kernel may read its weight before the kernel before it has ended
             step = partial(run_alone, name, products, x, weights, launch)
-            spent = seconds(in_a_graph(step).replay, 20) / len(weights)
-            row: dict[str, Any] = {"kernel": name, "shape": shape, "tokens": count}
+            with nullcontext() if overlap else without_overlap():
+                graph = in_a_graph(step)
+            spent = seconds(graph.replay, 20) / len(weights)
+            row: dict[str, Any] = {"kernel": name, "shape": shape, "tokens": count, "overlap": overlap}
             row |= {"launch": launch and asdict(launch), "microseconds": spent * 1e6, "share": size / rate / spent}
             rows.append(row)
-            print(f"{name:8} {count} x {describe(launch):26}{spent * 1e6:8.2f} us {row['share']:6.1%}", flush=True)
+            cut = describe(launch) + ("" if overlap else " no overlap")
+            print(f"{name:8} {count} x {cut:26}{spent * 1e6:8.2f} us {row['share']:6.1%}", flush=True)
     return rows
 
 
@@ -221,7 +226,7 @@ def find_launches(token: Token, cuts: Sequence[Launch]) -> tuple[Launches, list[
 def describe(launch: Launch | None) -> str:
     if launch is None:
         return "torch.linear"
-    return f"{launch.rows} rows {launch.num_warps} warps" + ("" if launch.overlap else " no overlap")
+    return f"{launch.rows} rows {launch.num_warps} warps"
 
 
 def main() -> None:
@@ -239,13 +244,11 @@ def main() -> None:
     print("best: " + ", ".join(f"{name} {describe(launch)}" for name, launch in best.items()))
     times = {
         "best cuts": token.seconds(best),
-        "best cuts, without overlap": token.seconds({name: replace(cut, overlap=False) for name, cut in best.items()}),
-        "best cuts, without evict_first": token.seconds(
-            {name: replace(cut, evict_first=False) for name, cut in best.items()}
-        ),
         "default cuts": token.seconds(DEFAULTS),
         "torch's products alone": seconds(in_a_graph(token.only_linear).replay, 40),
     }
+    with without_overlap():
+        times["best cuts, without overlap"] = token.seconds(best)
     results |= {"token_bytes": token.bytes, "token": {}}
     for name, spent in times.items():
         share = token.bytes / rate / spent

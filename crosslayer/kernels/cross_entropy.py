@@ -16,7 +16,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
     With `want_grad`, `logits` is overwritten by the gradient of the summed loss.
     """
     if logits.is_cuda and logits.dtype != torch.float64:
-        return _on_gpu(logits, targets, want_grad)
+        # Triton is there only where there is a GPU.
+        from crosslayer.kernels.cross_entropy_triton import launch_cross_entropy
+
+        return launch_cross_entropy(logits, targets, want_grad)
     return cross_entropy_in_pytorch(logits, targets, want_grad)
 
 
@@ -30,17 +33,4 @@ def cross_entropy_in_pytorch(logits: Tensor, targets: Tensor, want_grad: bool) -
     if want_grad:
         gradient = (exact - normaliser[:, None]).exp_().scatter_add_(1, places, exact.new_full(places.shape, -1.0))
         logits.copy_(gradient * counts[:, None])
-    return losses
-
-
-def _on_gpu(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
-    # Triton is there only where there is a GPU.
-    from crosslayer.kernels.cross_entropy_triton import cross_entropy_kernel
-
-    rows, vocab_size = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    if rows:
-        cross_entropy_kernel[(rows,)](
-            logits, targets, losses, vocab_size, logits.stride(0), BLOCK=4096, GRAD=want_grad, num_warps=8
-        )
     return losses

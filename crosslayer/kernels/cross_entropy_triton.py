@@ -1,7 +1,9 @@
 """The Triton kernel of `cross_entropy`: one program a row."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -33,3 +35,13 @@ def cross_entropy_kernel(logits, targets, losses, vocab_size, stride, BLOCK: tl.
             x = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)
             gradient = weight * (tl.exp(x - normaliser) - tl.where(place == target, 1.0, 0.0))
             tl.store(logits + place, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+def launch_cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
+    rows, vocab_size = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        cross_entropy_kernel[(rows,)](
+            logits, targets, losses, vocab_size, logits.stride(0), BLOCK=4096, GRAD=want_grad, num_warps=8
+        )
+    return losses

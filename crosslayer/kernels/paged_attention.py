@@ -34,8 +34,8 @@ class AttentionRows:
     Args:
         starts: int32 [R + 1], from 0 to the number of queries.
         lengths: int32 [R].
-        tables: int32 [R, M]; entry b is the block with tokens (firsts[r] + b) * block_size and on. Beyond what a row
-            needs, entries are any block there is.
+        tables: int32 [R, M], M at least 1; entry b is the block with tokens (firsts[r] + b) * block_size and on. Beyond
+            what a row needs, entries are any block there is.
         firsts: int32 [R].
         most_queries: The largest number of queries of a row, known without asking the device.
     """

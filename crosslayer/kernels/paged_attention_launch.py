@@ -13,9 +13,10 @@ from crosslayer.kernels.dependent_launch_triton import dependent_launch
 from crosslayer.kernels.paged_attention import AttentionRows
 from crosslayer.kernels.paged_attention_triton import many_queries_kernel, one_query_kernel
 
-# Rows of one query are split for about so many programs, one for each of an H100's processors.
+# Rows of one query are split for about so many programs, almost one for each of an H100's processors.
 PROGRAMS, MOST_SPLITS = 128, 64
-# Of up to so many rows, the first keys are brought into the L2 cache ahead of time; more are in each other's way.
+# Of up to so many rows times key heads, the first keys are brought into the L2 cache ahead of time; more are in each
+# other's way.
 FETCHED = 16
 
 
@@ -38,22 +39,23 @@ def tiles_of_many(share: int, padded: int, dtype: torch.dtype) -> Tiles:
     return Tiles(max(128, least), 64, 8, 3)
 
 
-def tiles_of_one(num_rows: int, share: int, padded: int, dtype: torch.dtype) -> Tiles:
-    """For rows of one query: enough keys under way at a time to hide how far it is to memory."""
+def tiles_of_one(num_tiles: int, share: int, padded: int, dtype: torch.dtype) -> Tiles:
+    """For rows of one query, `num_tiles` of them times key heads: enough keys under way at a time to hide how far it is
+    to memory."""
     rows, key_bytes = max(16, next_power_of_2(share)), padded * dtype.itemsize
     if rows > 32 or key_bytes > 512:
         return Tiles(rows, 64 if key_bytes <= 256 else 32, 8, 2)
     if key_bytes > 256:
         return Tiles(rows, 32, 4, 3)
     # The best of those that benchmarks/attention_kernels.py tries on an H100.
-    if num_rows <= 4:
+    if num_tiles <= 4:
         return Tiles(rows, 64, 8, 2)
-    return Tiles(rows, 128, 8, 3) if num_rows <= 128 else Tiles(rows, 64, 4, 3)
+    return Tiles(rows, 128, 8, 3) if num_tiles <= 128 else Tiles(rows, 64, 4, 3)
 
 
-def splits_of(num_rows: int, groups: int) -> int:
-    """Into how many parts the keys of a row of one query are split, a power of two."""
-    return min(MOST_SPLITS, 1 << (-(-PROGRAMS // (num_rows * groups)) - 1).bit_length())
+def splits_of(num_tiles: int) -> int:
+    """Into how many parts the keys of a row of one query are split, a power of two; `num_tiles` as above."""
+    return min(MOST_SPLITS, 1 << (-(-PROGRAMS // num_tiles) - 1).bit_length())
 
 
 def launch_paged_attention(
@@ -91,14 +93,17 @@ def launch_paged_attention(
         )  # fmt: skip
         if num_queries == num_rows * rows.most_queries:
             return output
-    one = one or tiles_of_one(num_rows * groups, share, padded, q.dtype)
-    splits = splits or splits_of(num_rows, groups)
+    num_tiles = num_rows * groups
+    one = one or tiles_of_one(num_tiles, share, padded, q.dtype)
+    splits = splits or splits_of(num_tiles)
     partials = num_rows * heads * splits if splits > 1 else 0
     sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
     scores = torch.empty(partials, dtype=torch.float32, device=q.device)
-    fetch = common["PDL"] and num_rows * groups <= FETCHED
+    fetch = common["PDL"] and num_tiles <= FETCHED
+    # Where no row has one query, no program waits. Then the kernel must not begin early, nor end before the one above.
+    common["launch_pdl"] &= rows.most_queries == 1
     one_query_kernel[(num_rows, groups, splits)](
-        q, keys, values, output, sums, scores, _arrived(q.device, num_rows * groups),
+        q, keys, values, output, sums, scores, _arrived(q.device, num_tiles),
         rows.starts, rows.lengths, rows.tables, rows.firsts, rows.tables.stride(0), q.stride(0), scale, value_scale,
         **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys, SPLITS=splits, FETCH=fetch,
         num_warps=one.num_warps, num_stages=one.num_stages,
@@ -111,7 +116,11 @@ _COUNTERS: dict[torch.device, list[Tensor]] = {}
 
 
 def _arrived(device: torch.device, size: int) -> Tensor:
-    """At least so many counters, all of them zero between two kernels of a stream."""
+    """At least so many counters, which are zeros between two kernels. All kernels of a device share them.
+
+    So attention must not run on two streams of a device at a time. Whoever captures a graph has run what it captures
+    before, as for compilation, so that no counters are made, and set to zero, as a part of the graph.
+    """
     counters = _COUNTERS.setdefault(device, [])
     if not counters or len(counters[-1]) < size:
         counters.append(torch.zeros(max(4096, size), dtype=torch.int32, device=device))

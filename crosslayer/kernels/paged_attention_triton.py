@@ -164,7 +164,10 @@ def _combine(
     partial_scores, partial_sums, used, place, heads, mine, inside, HEADS: tl.constexpr, DIM: tl.constexpr,
     AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
-    """Scores, totals and sums, as `_attend` has them, of the first `used` splits of a row together."""
+    """The total and the sums, as `_attend` has them, of the first `used` splits of a row together.
+
+    A split's score is that of a single key that would count as much as all of its own, its sums are their mean value.
+    """
     top = tl.full(heads.shape, UNSEEN, tl.float32)
     total = tl.zeros(heads.shape, tl.float32)
     sums = tl.zeros(place.shape, tl.float32)
@@ -191,8 +194,11 @@ def one_query_kernel(
     PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
     SPLITS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some keys of a row of one query, with the heads of one key head. The program that is done last with its part of a
-    row puts the parts together; `arrived` [rows, G] counts them, and is zeros before and after."""
+    """Some keys of a row of one query, with the heads of one key head. Other rows are left out.
+
+    The program that is done last with its part of a row puts the parts together; `arrived` [rows, G] counts them, and
+    is zeros before and after.
+    """
     let_next_begin(PDL)
     SHARE: tl.constexpr = HEADS // GROUPS
     row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -203,7 +209,7 @@ def one_query_kernel(
     begin = tl.maximum(end - WINDOW, 0) if WINDOW else 0
     part = tl.maximum(tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), SPLITS), 1) * TILE_KEYS
     used = tl.maximum(tl.cdiv(end - begin, part), 1)
-    if split >= used:
+    if split >= used:  # the first part is there also of a row of length 0, and waits
         return
     begin += split * part
     last = tl.minimum(begin + part, end)

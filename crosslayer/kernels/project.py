@@ -1,11 +1,13 @@
 """Matrix products together with what comes right before and after them in a layer.
 
 `x` [N, K] is the residual stream, which has not been normalised: the gain of the norm is part of the weight, and the
-division by the root mean square commutes with the product, so it is left to whoever handles the product next.
+division by the root mean square commutes with the product, so it is left to whoever handles the product next. Only the
+last norm keeps its gain, as the weight behind it may be the embedding too.
 
 With few rows on a GPU, the time of a product is that of reading its weight, and one kernel does all at once; with more,
-cuBLAS makes the product, and a second kernel the rest. All tensors are contiguous. Kernels for few rows read the weight
-before the kernel that was launched before them has ended, so that one must not have written the weight.
+cuBLAS makes the product, and a second kernel the rest. All tensors are contiguous, and x, weights, biases and gains of
+one dtype. Kernels for few rows read the weight before the kernels that were launched before them have ended, so none of
+those must write the weight.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.nn.functional import linear, rms_norm
 from crosslayer.kernels.rope_store import rope_store
 from crosslayer.kernels.swiglu import swiglu
 
-# Beyond so many rows, cuBLAS and a second kernel are faster.
+# Beyond so many rows, cuBLAS and a second kernel are faster, as measured on an H100.
 FEW_ROWS = 2
 
 
@@ -40,71 +42,49 @@ def project_rope_store(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> Tensor:
-    """Queries [N, H, D] of x [N, hidden] by weight [W, hidden]; keys and values go into pools (see `rope_store`)."""
-    if _are_few(x) and q_gain is None and k_gain is None:  # these need whole heads, which no program has
-        from crosslayer.kernels import few_rows_triton
+    """Queries [N, H, D] of x [N, hidden] by weight [W, hidden]; keys and values go into pools.
 
-        return few_rows_triton.project_rope_store(
-            x,
-            weight,
-            eps,
-            cos,
-            sin,
-            head_dim=head_dim,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            bias=bias,
-            keys=keys,
-            values=values,
-            places=places,
-            key_scale=key_scale,
-            value_scale=value_scale,
-        )
+    The other arguments are those of `rope_store`, which says what is done to the product.
+    """
+    if _are_few(x) and q_gain is None and k_gain is None:  # these need whole heads, which no program has
+        from crosslayer.kernels import few_rows_launch
+
+        return few_rows_launch.project_rope_store(
+            x, weight, eps, cos, sin, head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, bias=bias,
+            keys=keys, values=values, places=places, key_scale=key_scale, value_scale=value_scale,
+        )  # fmt: skip
     return rope_store(
-        linear(x, weight),
-        x,
-        eps,
-        cos,
-        sin,
-        head_dim=head_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        bias=bias,
-        q_gain=q_gain,
-        k_gain=k_gain,
-        keys=keys,
-        values=values,
-        places=places,
-        key_scale=key_scale,
+        linear(x, weight), x, eps, cos, sin, head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        bias=bias, q_gain=q_gain, k_gain=k_gain, keys=keys, values=values, places=places, key_scale=key_scale,
         value_scale=value_scale,
-    )
+    )  # fmt: skip
 
 
 def project_swiglu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """SwiGLU [N, I] of the normalised x [N, hidden], by weight [2 I, hidden]: gates, then what they let through."""
     if _are_few(x):
-        from crosslayer.kernels import few_rows_triton
+        from crosslayer.kernels import few_rows_launch
 
-        return few_rows_triton.project_swiglu(x, weight, eps)
+        return few_rows_launch.project_swiglu(x, weight, eps)
     return swiglu(linear(x, weight), x, eps)
 
 
 def project_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
     """Add x [N, K] times weight [hidden, K] to residual [N, hidden]."""
     if _are_few(x):
-        from crosslayer.kernels import few_rows_triton
+        from crosslayer.kernels import few_rows_launch
 
-        few_rows_triton.project_add(x, weight, residual)
+        few_rows_launch.project_add(x, weight, residual)
     else:
         residual.addmm_(x, weight.T)
 
 
 def project_logits(x: Tensor, weight: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Logits [N, vocab_size] of the residual stream."""
+    """Logits [N, V] of x / RMS(x) times gain [K], by weight [V, K]: float32 from the kernel for few rows, else as x."""
     if _are_few(x):
-        from crosslayer.kernels import few_rows_triton
+        from crosslayer.kernels import few_rows_launch
 
-        return few_rows_triton.project_logits(x, weight, gain, eps)
+        return few_rows_launch.project_logits(x, weight, gain, eps)
     return linear(rms_norm(x, gain.shape, gain, eps), weight)
 
 

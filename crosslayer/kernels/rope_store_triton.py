@@ -43,18 +43,23 @@ def _turned(first, second, gain, cos, sin, eps, DIM: tl.constexpr):
 
 
 @triton.jit
+def store_pair(to, first, second, mask, HALF: tl.constexpr, LIMIT: tl.constexpr):
+    """Components i and i + HALF, kept within the limit: the conversion alone may make NaN of what is too large."""
+    if LIMIT is not None:
+        first = tl.clamp(first, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        second = tl.clamp(second, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(to, first.to(to.dtype.element_ty), mask=mask)
+    tl.store(to + HALF, second.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _store(first, second, pool, place, scale, inside, HEADS: tl.constexpr, DIM: tl.constexpr, LIMIT: tl.constexpr):
     heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
     pairs = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]
     first /= scale
     second /= scale
-    if LIMIT is not None:  # the conversion alone may make NaN of what is too large
-        first = tl.clamp(first, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        second = tl.clamp(second, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    target = pool + place * (HEADS * DIM) + heads * DIM + pairs
-    stored = inside & (place >= 0)
-    tl.store(target, first.to(pool.dtype.element_ty), mask=stored)
-    tl.store(target + DIM // 2, second.to(pool.dtype.element_ty), mask=stored)
+    to = pool + place * (HEADS * DIM) + heads * DIM + pairs
+    store_pair(to, first, second, inside & (place >= 0), DIM // 2, LIMIT)
 
 
 # Where `places` begins in memory changes from step to step, and must not compile the kernel anew.
@@ -102,8 +107,7 @@ def rope_store_kernel(
     q_first, q_second = _normalised(q_first, q_second, q_offsets, q_inside, bias, inverse, DIM)
     q_first, q_second = _turned(q_first, q_second, q_gain, c, s, eps, DIM)
     tl.debug_barrier()  # the queries are written where they were read, by whichever thread
-    tl.store(row + q_offsets, q_first.to(heads.dtype.element_ty), mask=q_inside)
-    tl.store(row + q_offsets + DIM // 2, q_second.to(heads.dtype.element_ty), mask=q_inside)
+    store_pair(row + q_offsets, q_first, q_second, q_inside, DIM // 2, None)
     if keys is not None:
         k_first, k_second = _normalised(k_first, k_second, k_offsets, inside, bias, inverse, DIM)
         k_first, k_second = _turned(k_first, k_second, k_gain, c, s, eps, DIM)
@@ -111,6 +115,11 @@ def rope_store_kernel(
     if values is not None:
         v_first, v_second = _normalised(v_first, v_second, v_offsets, inside, bias, inverse, DIM)
         _store(v_first, v_second, values, place, value_scale, inside, GROUPS, DIM, VALUE_LIMIT)
+
+
+def limit_of(pool: Tensor | None) -> float | None:
+    """The largest number that a pool can hold."""
+    return None if pool is None else torch.finfo(pool.dtype).max
 
 
 def launch_rope_store(
@@ -128,10 +137,6 @@ def launch_rope_store(
     scales: tuple[float, float],
 ) -> None:
     tokens, _, dim = heads.shape
-
-    def limit(pool: Tensor | None) -> float | None:
-        return None if pool is None or pool.dtype == heads.dtype else torch.finfo(pool.dtype).max
-
     if tokens:
         rope_store_kernel[(tokens,)](
             heads,
@@ -150,8 +155,8 @@ def launch_rope_store(
             HEADS=num_heads,
             GROUPS=num_kv_heads,
             DIM=dim,
-            KEY_LIMIT=limit(pools[0]),
-            VALUE_LIMIT=limit(pools[1]),
+            KEY_LIMIT=limit_of(pools[0]),
+            VALUE_LIMIT=limit_of(pools[1]),
             num_warps=4 if num_heads * dim <= 4096 else 8,
             **dependent_launch(heads),
         )

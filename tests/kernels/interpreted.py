@@ -11,12 +11,20 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from crosslayer.kernels import paged_attention, rope_store, swiglu
+from crosslayer.kernels import cross_entropy, few_rows_launch, paged_attention, rope_store, swiglu
+from crosslayer.kernels.cross_entropy_triton import launch_cross_entropy
 from crosslayer.kernels.paged_attention_launch import Tiles, launch_paged_attention
 from crosslayer.kernels.rope_store_triton import launch_rope_store
 from crosslayer.kernels.swiglu_triton import launch_swiglu
 from crosslayer.kernels.tokens_triton import launch_embed, launch_likeliest
-from tests.kernels import test_paged_attention, test_rope_store, test_swiglu, test_tokens
+from tests.kernels import (
+    test_cross_entropy,
+    test_few_rows,
+    test_paged_attention,
+    test_rope_store,
+    test_swiglu,
+    test_tokens,
+)
 
 TILES = {"many": Tiles(32, 16, 4, 2), "one": Tiles(16, 16, 4, 2)}
 FP8 = torch.float8_e4m3fn
@@ -71,3 +79,19 @@ def test_tokens_kernels() -> None:
     test_tokens.check_embed("cpu", torch.float32, 12, 5, launch_embed)
     for vocab_size in (50, 4096, 4097):
         test_tokens.check_likeliest("cpu", torch.float32, vocab_size, launch_likeliest)
+
+
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float32, 3), (torch.bfloat16, 1)])
+def test_few_rows_kernels(dtype: torch.dtype, n: int) -> None:
+    draw = test_few_rows.Draw("cpu", dtype)
+    for shape in test_few_rows.HEADS:
+        if shape.pool_dtype != FP8:  # the interpreter rounds 127 to 64 there
+            test_few_rows.check_rope_store(few_rows_launch, draw, n, shape)
+    for size in test_few_rows.SIZES:
+        test_few_rows.check_products(few_rows_launch, draw, n, *size)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 4096, 4097])
+def test_cross_entropy_kernel(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "cross_entropy_in_pytorch", launch_cross_entropy)
+    test_cross_entropy.check("cpu", torch.float32, vocab_size, 1.0, 1e-6)

@@ -162,7 +162,7 @@ def test_on_gpu(case: Case, dtype: torch.dtype, pool_dtype: torch.dtype, toleran
 
 @needs_cuda
 def test_in_a_graph() -> None:
-    """What was captured reads lengths and tables anew: one kernel, and two where the keys are split."""
+    """What was captured reads lengths and tables anew, and finds the counters of split keys at zero each time."""
     q, keys, values, rows = make(LARGE["single"], torch.bfloat16, torch.bfloat16)
     q, keys, values = (tensor.cuda() for tensor in (q, keys, values))
     static = AttentionRows(rows.starts.cuda(), rows.lengths.cuda(), rows.tables.cuda(), rows.firsts.cuda(), 1)
