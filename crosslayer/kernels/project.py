@@ -54,7 +54,7 @@ def project_rope_store(
             keys=keys, values=values, places=places, key_scale=key_scale, value_scale=value_scale,
         )  # fmt: skip
     return rope_store(
-        linear(x, weight), x, eps, cos, sin, head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        *_product(x, weight, eps), cos, sin, head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
         bias=bias, q_gain=q_gain, k_gain=k_gain, keys=keys, values=values, places=places, key_scale=key_scale,
         value_scale=value_scale,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def project_swiglu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from crosslayer.kernels import few_rows_launch
 
         return few_rows_launch.project_swiglu(x, weight, eps)
-    return swiglu(linear(x, weight), x, eps)
+    return swiglu(*_product(x, weight, eps))
 
 
 def project_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
@@ -86,6 +86,14 @@ def project_logits(x: Tensor, weight: Tensor, gain: Tensor, eps: float) -> Tenso
 
         return few_rows_launch.project_logits(x, weight, gain, eps)
     return linear(rms_norm(x, gain.shape, gain, eps), weight)
+
+
+def _product(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
+    """The product, and the residual stream and eps by which it is still to be normalised."""
+    if x.dtype != torch.float16:
+        return linear(x, weight), x, eps
+    # A product with what is not normalised may be more than float16 can say.
+    return linear(rms_norm(x, x.shape[-1:], None, eps), weight), torch.ones_like(x), 0.0
 
 
 def _are_few(x: Tensor) -> bool:

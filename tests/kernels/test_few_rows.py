@@ -195,6 +195,24 @@ def test_only_weights_are_read_before_the_wait() -> None:
     assert after.count("ld.global") == tiles + 1  # x and the residual
 
 
+@torch.no_grad()
+def test_large_streams_in_float16() -> None:
+    """Values of thousands, as large models have, times weights: without the norm, more than float16 can say."""
+    draw = Draw("cpu", torch.float16)
+    x, weight = 5000 * draw(3, 64), draw(2 * 12, 64)
+    assert not (x @ weight.T).isfinite().all()
+    gate, up = (normalised(x) @ weight.double().T).chunk(2, -1)
+    expected = gate / (1 + (-gate).exp()) * up
+    assert (project.project_swiglu(x, weight, EPS).double() - expected).norm() < 3e-3 * expected.norm()
+    places, cos, sin = torch.tensor([0, 1, 2]), torch.ones(3, 4), torch.zeros(3, 4)
+    keys = torch.zeros(1, 4, 1, 8, dtype=torch.float16)
+    heads = {"head_dim": 8, "num_heads": 2, "num_kv_heads": 1, "bias": None, "q_gain": None, "k_gain": None}
+    q = project.project_rope_store(x, weight, EPS, cos, sin, **heads, keys=keys, values=None, places=places)
+    made = torch.cat((q.flatten(1), keys[0, :3, 0]), 1).double()
+    expected = normalised(x) @ weight.double().T
+    assert (made - expected).norm() < 3e-3 * expected.norm()
+
+
 @needs_cuda
 @pytest.mark.parametrize("n", range(1, 5))
 @pytest.mark.parametrize("shape", HEADS + PAPER)
