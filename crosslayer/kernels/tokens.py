@@ -24,7 +24,7 @@ def embed(
 
 def likeliest(logits: Tensor, slots: Tensor, last: Tensor) -> Tensor:
     """The largest of each row of logits [N, V], the first of equal ones, int64 [N]; it also becomes last[slots[n]]."""
-    if logits.is_cuda:
+    if logits.is_cuda and logits.dtype != torch.float64:
         from crosslayer.kernels.tokens_triton import launch_likeliest
 
         return launch_likeliest(logits, slots, last)
