@@ -32,48 +32,61 @@ def table(points: Sequence[Point]) -> str:
 
 
 def draw(points: Sequence[Point]) -> Figure:
-    """A row of two panels for each kind of requests. Colours are designs; dashed lines have an fp8 cache. What was not
-    measured is left out; a hollow dot is a lower bound, because somebody still waited when the time was over."""
+    """A row of two panels for each kind of requests. Colours are designs; what is hatched or dashed has an fp8 cache.
+
+    What was not measured is left out. Dots are medians, with a line up to the 90% quantile; a hollow one is a lower
+    bound, because somebody still waited when the time was over.
+    """
     mixes = list(dict.fromkeys(point["mix"] for point in points))
     figure = Figure(figsize=(11, 3.6 * len(mixes)), layout="constrained")
     panels = figure.subplots(len(mixes), 2, squeeze=False)
     colours = dict(zip(dict.fromkeys(point["design"] for point in points), COLOURS, strict=False))
-    lines = list(dict.fromkeys((point["design"], point["cache_dtype"]) for point in points))
+    variants = list(dict.fromkeys((point["design"], point["cache_dtype"]) for point in points))
+    pools = sorted({point["pool"] for point in points})
     for mix, (left, right) in zip(mixes, panels, strict=True):
-        for design, dtype in lines:
+        for number, (design, dtype) in enumerate(variants):
             own = [p for p in points if (p["mix"], p["design"], p["cache_dtype"]) == (mix, design, dtype)]
-            label = f"{design}, {dtype.replace('auto', 'bf16')}"
-            style = {"color": colours[design], "linestyle": "--" if dtype == "fp8" else "-", "label": label}
-            rates = sorted((p["pool"], p["tokens_per_second"]) for p in own)
-            left.plot([pool for pool, _ in rates], [rate for _, rate in rates], marker="o", markersize=5, **style)
-            _draw_waits(right, [load for p in own for load in p["load"] if load["ttft_ms"]], style)
-        _describe(left, sorted({point["pool"] for point in points}), mix)
-        right.set_yscale("log")
+            colour, eight_bits = colours[design], dtype == "fp8"
+            style = {"color": colour, "edgecolor": "white", "hatch": "//" if eight_bits else ""}
+            style["label"] = f"{design}, {dtype.replace('auto', 'bf16')}"
+            _draw_rates(left, own, pools, number, len(variants), style)
+            for point in own:
+                _draw_waits(right, point["load"], {"color": colour, "linestyle": "--" if eight_bits else "-"})
+        left.set_xticks(range(len(pools)), [format_bytes(pool) for pool in pools])
+        left.set_xlabel("memory for keys and values (numbers: sequences running)")
+        left.set_ylabel("tokens per second")
+        left.set_title(f"{mix}: throughput", fontsize=10, loc="left")
+        left.set_xlim(-0.6, len(pools) - 0.4)
+        left.margins(y=0.15)
         right.set_xlabel("requests per second")
-        right.set_ylabel("time to first token, s, median")
+        right.set_ylabel("seconds, median and up to 90%")
+        right.set_ylim(bottom=0)
         loaded = {p["pool"] for p in points if p["mix"] == mix and p["load"]}
-        right.set_title("".join(f"{mix}, {format_bytes(pool)} of cache" for pool in loaded), fontsize=10, loc="left")
+        told = "".join(f", {format_bytes(pool)}" for pool in loaded)
+        right.set_title(f"{mix}: time to first token{told}", fontsize=10, loc="left")
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92", linewidth=0.8)
+        axes.grid(axis="y", color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
-    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
     return figure
 
 
+def _draw_rates(
+    axes: Axes, points: Sequence[Point], pools: Sequence[int], number: int, count: int, style: dict[str, Any]
+) -> None:
+    """Bars of one of `count` variants, with how many sequences ran above."""
+    width = min(0.3, 0.8 / count)
+    left = [pools.index(point["pool"]) + (number - (count - 1) / 2) * width for point in points]
+    bars = axes.bar(left, [point["tokens_per_second"] for point in points], 0.92 * width, **style)
+    axes.bar_label(bars, [f"{point['running']:.0f}" for point in points], padding=2, fontsize=8)
+
+
 def _draw_waits(axes: Axes, loads: Sequence[Point], style: dict[str, Any]) -> None:
-    rates, waits = [load["rate"] for load in loads], [load["ttft_ms"]["p50"] / 1000 for load in loads]
+    there = [load for load in loads if load["ttft_ms"]]
+    rates, waits = [load["rate"] for load in there], [load["ttft_ms"]["p50"] / 1000 for load in there]
     axes.plot(rates, waits, **style)
-    for rate, wait, load in zip(rates, waits, loads, strict=True):
+    for rate, wait, load in zip(rates, waits, there, strict=True):
+        axes.vlines(rate, wait, load["ttft_ms"]["p90"] / 1000, color=style["color"], linewidth=1, alpha=0.6)
         face = "white" if load["waiting"] else style["color"]
         axes.plot(rate, wait, "o", markersize=5, markeredgecolor=style["color"], markerfacecolor=face)
-
-
-def _describe(axes: Axes, pools: Sequence[int], mix: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(pools, [format_bytes(pool) for pool in pools])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("memory for keys and values")
-    axes.set_ylabel("tokens per second")
-    axes.set_title(mix, fontsize=10, loc="left")

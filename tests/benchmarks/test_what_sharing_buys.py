@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.load import arrivals
 from benchmarks.sharing_report import Point, draw, table
-from benchmarks.what_sharing_buys import MIXES, Busy, Mix, Settings, measure
+from benchmarks.what_sharing_buys import MIXES, VARIANTS, Busy, Mix, Settings, measure
 from crosslayer.engine import Engine, EngineConfig
 from crosslayer.model.paged import sequence_bytes
 from tests.conftest import tiny_config
@@ -95,13 +95,19 @@ def test_points(points: list[Point]) -> None:
 def test_table_and_plot(points: list[Point]) -> None:
     assert len(table(points).splitlines()) == 2 + 8
     figure = draw(points)
-    assert [line.get_label() for line in figure.axes[0].lines] == [
+    left, right = figure.axes
+    assert [bars.get_label() for bars in left.containers] == [
         "MQA, bf16",
         "MQA-CLA2, bf16",
         "MQA, fp8",
         "MQA-CLA2, fp8",
     ]
-    assert all(len(line.get_xdata()) == 2 for line in figure.axes[0].lines)
+    for bars, key in zip(left.containers, VARIANTS, strict=True):
+        rates = [p["tokens_per_second"] for p in points if (p["design"], p["cache_dtype"]) == key]
+        assert [bar.get_height() for bar in bars] == rates
+    loads = [load for point in points for load in point["load"] if load["ttft_ms"]]
+    dots = [line for line in right.lines if line.get_marker() == "o"]
+    assert [dot.get_ydata()[0] for dot in dots] == [load["ttft_ms"]["p50"] / 1000 for load in loads]
     figure.canvas.draw()
 
 

@@ -42,8 +42,8 @@ def test_every_setting_is_in_a_table(settings: type) -> None:
 @pytest.mark.parametrize("design", ["H128-MQA", "H128-MQA-CLA2"])
 def test_what_8_gib_hold(design: str) -> None:
     config = parse_design(design, PRESETS["paper-1b"])
-    counts = []
+    counts, size = [], EngineConfig().block_size
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        (blocks,) = divide_memory(config, 8 * 2**30, 16, config.max_position_embeddings, dtype).values()
-        counts.append(f"{16 * blocks:,}")
+        (blocks,) = divide_memory(config, 8 * 2**30, size, config.max_position_embeddings, dtype).values()
+        counts.append(f"{size * blocks:,}")
     assert f"| {design} | {' | '.join(counts)} |" in TEXT
