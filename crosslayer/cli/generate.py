@@ -47,11 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("the prompt is empty; give at least a character to continue")
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be positive, got {arguments.max_new_tokens}")
-    model, tokenizer, _ = load_model(arguments.model, "cpu")
 
     from crosslayer.engine import LLM, Completion, EngineConfig, SamplingParams
     from crosslayer.train.host import choose_device
 
+    device = choose_device(arguments.device)
+    model, tokenizer, _ = load_model(arguments.model, "cpu")  # the engine puts a copy of the weights where it runs
     params = SamplingParams(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     warn_beyond_context(model, longest)
     # The cache need not be for more than these.
     config = EngineConfig(max_length=longest, max_running=min(len(prompts), EngineConfig.max_running))
-    llm = LLM(model, config, tokenizer=tokenizer, device=choose_device(arguments.device))
+    llm = LLM(model, config, tokenizer=tokenizer, device=device)
     completions = [Completion() for _ in prompts]
     streaming = arguments.prompt is not None and not arguments.json
     if streaming:

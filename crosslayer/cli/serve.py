@@ -57,8 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         max_running=arguments.max_running,
     )
-    model, tokenizer, _ = load_model(arguments.model, "cpu")
-    engine = Engine(model, tokenizer, config, device=choose_device(arguments.device))
+    device = choose_device(arguments.device)
+    model, tokenizer, _ = load_model(arguments.model, "cpu")  # the engine puts a copy of the weights where it runs
+    engine = Engine(model, tokenizer, config, device=device)
     service = Service(
         engine,
         tokenizer=tokenizer,
