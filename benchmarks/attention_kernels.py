@@ -34,7 +34,7 @@ from benchmarks.attention_peers import (
     gathered,
     torch_varlen,
 )
-from benchmarks.train_speed import matmul_rate
+from benchmarks.gpu import copy_rate, matmul_rate
 from crosslayer.environment import describe_environment
 from crosslayer.kernels.paged_attention import AttentionRows
 from crosslayer.kernels.paged_attention_launch import (
@@ -151,12 +151,6 @@ def error(b: Batch, output: Tensor) -> float:
         want = torch.einsum("ht,thd->hd", weights, v)
         worst = max(worst, ((output[last].double() - want).abs().max() / want.abs().max()).item())
     return worst
-
-
-def copy_rate(size: int = 2**30) -> float:
-    """Bytes per second that are read and written in copying `size` bytes."""
-    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return 2 * size / microseconds([partial(target.copy_, source)]) * 1e6
 
 
 def candidates(shape: Shape) -> dict[str, Callable[[list[Batch]], Calls]]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.gpu import copy_rate
 from crosslayer.environment import describe_environment
 from crosslayer.files import write_json
 from crosslayer.kernels import few_rows_launch as kernels
@@ -71,13 +72,6 @@ def seconds(run: Callable[[], object], timed: int) -> float:
 def without_overlap() -> Any:
     """Kernels of few rows begin when the kernel before has ended."""
     return patch.object(kernels, "dependent_launch", lambda x: {"PDL": False, "launch_pdl": False})
-
-
-def copy_rate() -> float:
-    """Bytes per second, read and written, of a copy."""
-    source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), 20)
 
 
 @dataclass
