@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     model, tokenizer, _ = load_model(arguments.model, "cpu")  # the engine puts a copy of the weights where it runs
     engine = Engine(model, tokenizer, config, device=device)
+    del model  # what the engine has copied is not needed twice
     service = Service(
         engine,
         tokenizer=tokenizer,
