@@ -34,7 +34,7 @@ class Batch:
     `ids` [N] are `UNKNOWN` where the token is the one last drawn in its slot; `slots` [N] says in which. `places[span]`
     [N] is where each token's keys and values go in the span's pools, counted in tokens; `rows[span]` is how the tokens
     look at them. `wanted` [n] numbers the tokens whose logits are asked for, None: all of them; `wanted_rows[span]` is
-    how these look at the pools when they alone are left. All int64, on the device.
+    how these look at the pools when they alone are left. All tensors here are int64, on the device.
     """
 
     ids: Tensor

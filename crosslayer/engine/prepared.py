@@ -3,7 +3,7 @@
 What `Transformer` does in many steps is one here: the gains of a layer's norms are part of the weights that follow
 them, so the projections to queries, keys and values are one matrix, whichever of the two norms they come after, and so
 are gate and up. The division by the root mean square commutes with the product and is left to the kernel behind it.
-The weights are copies, in the model's precision; the results are the model's but for the rounding of gain times weight.
+Everything is in the model's precision, and the results are the model's but for the rounding of gain times weight.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PreparedLayer:
 class PreparedModel:
     """A model on a device, for sequences of up to `max_length` tokens over a cache.
 
-    Weights that stay as they are are the model's own, if that is on the device already.
+    Weights that gains are folded into are copies; the others are the model's own, if that is on the device already.
     """
 
     def __init__(self, model: Transformer, max_length: int, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from crosslayer.kernels.dependent_launch_triton import dependent_launch, follow
 from crosslayer.kernels.rms_triton import inverse_rms
 
 # Up to so many rows, more programs of fewer columns each are done sooner, though each reads the residual anew.
-FEW_ROWS = 512
+NARROW_UP_TO = 512
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def swiglu_kernel(
 def launch_swiglu(gate_up: Tensor, residual: Tensor, eps: float) -> Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     output = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    block, num_warps = (1024, 4) if rows <= FEW_ROWS else (2048, 8)
+    block, num_warps = (1024, 4) if rows <= NARROW_UP_TO else (2048, 8)
     if rows:
         swiglu_kernel[(rows, triton.cdiv(width, block))](
             gate_up,

@@ -26,11 +26,6 @@ class BlockTable:
     first: int = 0
     blocks: list[int] = field(default_factory=list)
 
-    @property
-    def end(self) -> int:
-        """The number of the block after the last one held."""
-        return self.first + len(self.blocks)
-
 
 class SlotScales(NamedTuple):
     """Per owner, the power of two that its keys or values are divided by before they are stored (see `fp8`)."""
@@ -63,7 +58,7 @@ class PagedCache:
         scales: SlotScales | None = None,
     ) -> None:
         plan = config.plan
-        self.plan, self.block_size, self.max_length = plan, block_size, max_length
+        self.block_size, self.max_length = block_size, max_length
         self.num_blocks = dict(num_blocks)
         self.spans = slot_capacities(plan, max_length)
         self.device = torch.device(device)

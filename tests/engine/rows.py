@@ -69,7 +69,7 @@ class Rows:
                 while table.blocks and table.first < first:
                     self.free[span].append(table.blocks.pop(0))
                     table.first += 1
-                while table.end * size < start + count:
+                while (table.first + len(table.blocks)) * size < start + count:
                     place = self.random.randrange(len(self.free[span]))
                     table.blocks.append(self.free[span].pop(place))
             sequence.tokens = row[: start + count]

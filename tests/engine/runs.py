@@ -103,4 +103,5 @@ def check_accounts(engine: Engine) -> None:
                 max(0, sequence.num_cached - span + 1) // engine.blocks.block_size if span < engine.max_length else 0
             )
             assert table.first == first, "a block that no window reaches is still held"
-            assert table.end * engine.blocks.block_size == sequence.room >= sequence.num_cached
+            end = table.first + len(table.blocks)
+            assert end * engine.blocks.block_size == sequence.room >= sequence.num_cached

@@ -121,7 +121,7 @@ def test_a_token_that_is_not_known_yet_is_marked() -> None:
     first.num_pending = 1
     for sequence in rows.sequences:
         for table in sequence.tables.values():
-            table.blocks += [50 + sequence.slot] * (table.end * 4 <= sequence.num_cached)
+            table.blocks += [50 + sequence.slot] * ((table.first + len(table.blocks)) * 4 <= sequence.num_cached)
     host = rows.builder.on_host([Scheduled(first, 1, True), Scheduled(second, 1, True)])
     assert host.arrays["ids"].tolist() == [UNKNOWN, 7]
     assert host.arrays["slots"].tolist() == [0, 1]
