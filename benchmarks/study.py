@@ -6,17 +6,23 @@
 Names of stages (configs/study/stages.yaml; none: all, in their order) and key=value settings over the config may be
 mixed. A run that the results have already is skipped: the same model, recipe, seed, rate and data. A run starts only
 if the slowest so far would end within the limit. A run whose loss is no longer a number is recorded as that.
+
+The same command may run several times at once, say with a GPU each (CUDA_VISIBLE_DEVICES): a run that another process
+is at is left to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +78,6 @@ class Study:
         self.arguments = arguments
         self.started = time.monotonic()
         self.slowest = 0.0
-        self.rows = read_rows(arguments.results)
         self.device = choose_device(config.train.device)
         self.data = prepare(config.data)
         self.fingerprint = content_fingerprint(self.data)
@@ -85,38 +90,42 @@ class Study:
                     self.run(design, training)
                     continue
                 rate, lowest = self.config.train.learning_rate, math.inf
-                while (loss := self.run(design, at_rate(training, rate))) < lowest:
+                while (loss := self.run(design, at_rate(training, rate))) is not None and loss < lowest:
                     lowest, rate = loss, float(f"{rate * TUNING_FACTOR:.4g}")
 
-    def run(self, design: str, training: TrainConfig) -> float:
-        """The held-out loss of a run (infinity where it diverged), from the results, or trained now and added to them.
+    def run(self, design: str, training: TrainConfig) -> float | None:
+        """The held-out loss of a run (infinity where it diverged), from the results, or trained now and added to them;
+        None if another process is training it.
 
         Raises:
             OutOfTime: it would have to be trained, and there is no time for it.
         """
         settings = comparable(training) | {"data": self.fingerprint}
-        row = next((row for row in self.rows if row["settings"] == settings), None)
-        if row is None:
-            started = time.monotonic()
-            limit = self.arguments.minutes
-            if limit is not None and started - self.started + self.slowest > limit * 60:
-                raise OutOfTime
-            row = {"design": design, "seed": training.train.seed, "learning_rate": training.train.learning_rate}
-            row |= {"tokens": training.train.steps * training.train.tokens_per_step, "commit": self.arguments.commit}
-            row |= {**self._result(design, training), "settings": settings, "environment": describe_environment()}
-            self.slowest = max(self.slowest, time.monotonic() - started)
-            self.rows.append(row)
-            with self.arguments.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(describe(row), flush=True)
-        return row["validation"]["loss"] if "validation" in row else math.inf
-
-    def _result(self, design: str, training: TrainConfig) -> dict[str, Any]:
         recipe = training.train
         name = f"{design_folder(design)}-seed-{recipe.seed}-rate-{recipe.learning_rate:g}"
         folder = self.arguments.runs / f"{name}-{short_hash(comparable(training))}"
+        with claimed(folder.with_name(f"{folder.name}.lock")) as mine:
+            row = next((row for row in read_rows(self.arguments.results) if row["settings"] == settings), None)
+            if row is None and not mine:
+                return None
+            if row is None:
+                started = time.monotonic()
+                limit = self.arguments.minutes
+                if limit is not None and started - self.started + self.slowest > limit * 60:
+                    raise OutOfTime
+                row = {"design": design, "seed": recipe.seed, "learning_rate": recipe.learning_rate}
+                row |= {"tokens": recipe.steps * recipe.tokens_per_step, "commit": self.arguments.commit}
+                row |= {**self._result(training, folder), "settings": settings, "environment": describe_environment()}
+                self.slowest = max(self.slowest, time.monotonic() - started)
+                with self.arguments.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(describe(row), flush=True)
+        return row["validation"]["loss"] if "validation" in row else math.inf
+
+    def _result(self, training: TrainConfig, folder: Path) -> dict[str, Any]:
+        recipe = training.train
         try:
-            trained = train(training, self.data, folder, label=name)
+            trained = train(training, self.data, folder, label=folder.name)
         except UserError as error:
             return {"error": str(error)}
         started = time.monotonic()
@@ -140,6 +149,19 @@ class Study:
             "seconds": trained["seconds"],
             "evaluation_seconds": time.monotonic() - started,
         }
+
+
+@contextmanager
+def claimed(file: Path) -> Iterator[bool]:
+    """Whether no other process has claimed this file; if so, it is this one's until the block, or the process, ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def at_rate(training: TrainConfig, rate: float) -> TrainConfig:

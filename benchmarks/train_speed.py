@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import matmul_rate, random_model, seconds
@@ -65,8 +66,14 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def our_step(
-    config: ModelConfig, length: int, batch_size: int, micro: int, recompute: Recompute = "none"
+    config: ModelConfig,
+    length: int,
+    batch_size: int,
+    micro: int,
+    recompute: Recompute = "none",
+    mesh: DeviceMesh | None = None,
 ) -> Callable[[], object]:
+    """A step of `batch_size` sequences, over all processes of the mesh."""
     recipe = Recipe(
         tokens=10**12,
         sequence_length=length,
@@ -74,8 +81,9 @@ def our_step(
         micro_batch_size=micro,
         activation_checkpointing=recompute,
     )
-    step = TrainStep(random_model(config, "cuda", torch.float32), recipe)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length + 1))
+    step = TrainStep(random_model(config, "cuda", torch.float32), recipe, mesh)
+    rows = batch_size // (1 if mesh is None else mesh["data"].size())
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     return lambda: step(0, batch)
 
@@ -102,6 +110,7 @@ def peer_step(config: ModelConfig, length: int, batch_size: int) -> Callable[[],
 
 # Kernels by what they do, told by their names; the first that matches counts.
 KINDS = {
+    "communication": ("nccl",),
     "attention": ("cudnn", "flash", "fmha"),
     "matmul": ("nvjet", "gemm", "cutlass", "splitk"),
     "loss": ("cross_entropy",),

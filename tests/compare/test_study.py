@@ -89,7 +89,7 @@ def test_a_row_holds_what_the_saved_model_scores(place: Place, rows: list[dict[s
     config = load_settings(CompareConfig, place.config)
     data = prepare(config.data)
     row = rows[1]
-    (folder,) = (place.folder / "runs").glob("H16-MQA-CLA2-seed-0-rate-0.01-*")
+    (folder,) = filter(Path.is_dir, (place.folder / "runs").glob("H16-MQA-CLA2-seed-0-rate-0.01-*"))
     model = checkpoint.load(folder / "model")
     held_out = score(model, data.valid, sequence_length=128)
     assert row["validation"]["loss"] == pytest.approx(held_out.loss, rel=1e-5)
@@ -120,13 +120,33 @@ def test_nothing_is_run_twice_and_the_clock_is_heeded(
     assert "out of time" in capsys.readouterr().err
 
 
+def test_a_run_that_another_process_is_at_is_left_to_it(
+    place: Place, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, and while, it is tuned; and what the other has added in the meantime is seen."""
+    before = place.results.read_text()
+    trained: list[str] = []
+
+    def made_up(self: study.Study, training: Any, folder: Path) -> dict[str, Any]:
+        trained.append(folder.name)
+        with study.claimed(folder.with_name(f"{folder.name}.lock")) as mine:
+            assert not mine
+        assert place.run("tune") == rows
+        return {"error": "step 3: the loss is nan"}
+
+    monkeypatch.setattr(study.Study, "_result", made_up)
+    assert len(place.run("tune")) == len(rows) + 1
+    assert len(trained) == 1
+    place.results.write_text(before)
+
+
 def test_tuning_goes_up_until_the_loss_is_no_lower(
     place: Place, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And takes a run that diverges for one that is no better; the first rate is in the results already."""
     losses = {0.015: 1.0, 0.0225: 0.5, 0.03375: 0.5}
 
-    def made_up(self: study.Study, design: str, training: Any) -> dict[str, Any]:
+    def made_up(self: study.Study, training: Any, folder: Path) -> dict[str, Any]:
         loss = losses[training.train.learning_rate]
         return {**{k: rows[1][k] for k in ("tasks", "recall", "seconds", "evaluation_seconds")}} | {
             "validation": {**rows[1]["validation"], "loss": loss}

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,9 +60,13 @@ class Trace:
 
 
 def trace(case: Case, mesh: DeviceMesh | None = None) -> Trace | None:
-    """Train a model of float64 weights, gains and biases drawn at random; None on all processes but the first."""
-    model = random_model(tiny_config(case.plan, **{"vocab_size": 64, **case.model})).double()
+    """Train a model of random weights, gains and biases, in float64 or, on GPUs, whose kernels have no float64, in
+    float32; None on all processes but the first."""
+    on_gpus = mesh is not None and mesh.device_type == "cuda"
+    model = random_model(tiny_config(case.plan, **{"vocab_size": 64, **case.model}))
+    model = model.float() if on_gpus else model.double()
     settings = {"batch_size": ROWS, "sequence_length": LENGTH, "learning_rate": 1e-2}
+    settings |= {"precision": "fp32", "compile": False}
     recipe = Recipe(tokens=STEPS * ROWS * LENGTH, **{**settings, **case.recipe}, tensor_parallel=case.tensor_parallel)
     step = TrainStep(model, recipe, mesh)
     gradients: dict[str, Tensor] = {}
@@ -73,9 +77,8 @@ def trace(case: Case, mesh: DeviceMesh | None = None) -> Trace | None:
             if name not in gradients:
                 assert parameter.grad is not None, name
                 grad = parameter.grad
-                gradients[name] = (
-                    grad.full_tensor() if isinstance(grad, DTensor) else grad
-                ).clone()  # the step scales it
+                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                gradients[name] = whole.cpu().clone()  # the step scales it
         return plain(*arguments)
 
     step_module.clipped_step = look
@@ -106,9 +109,9 @@ def _part(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     return replace(batch, inputs=batch.inputs[rows], targets=batch.targets[rows], document_ids=ids)
 
 
-def write_trace(case: Case, file: Path) -> None:
+def write_trace(case: Case, file: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
     """Run by every process: the trace of a case to a file."""
-    with joined_processes(Recipe(device="cpu", tensor_parallel=case.tensor_parallel)) as processes:
+    with joined_processes(Recipe(device=device, tensor_parallel=case.tensor_parallel)) as processes:
         found = trace(case, processes.mesh)
         if found is not None:
             torch.save(found, file)

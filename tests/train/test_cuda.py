@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from crosslayer.train.parallel import whole_model
 from crosslayer.train.step import TrainStep
 from tests.conftest import tiny_config
 from tests.model.checks import random_model
+from tests.train.spread import Case, Trace, in_processes, trace, write_trace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -93,3 +96,33 @@ def test_fsdp_over_nccl_trains_as_one_process_does(plan: str, mesh_of_one: Devic
     assert whole is not None
     for weight, expected in zip(whole.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(weight, expected.cpu(), rtol=1e-4, atol=1e-5)
+
+
+ON_TWO = [
+    Case("cla2", 1, {"tie_word_embeddings": True}, {"micro_batch_size": 2}),
+    Case("fusedkv-lite", 1, {"qk_norm": True}, {"activation_checkpointing": "block", "micro_batch_size": 1}),
+    Case("cla2", 1, {}, {"activation_checkpointing": "group", "compile": True}),
+    Case("cla2", 2, {"num_key_value_heads": 1, "tie_word_embeddings": True}, {"activation_checkpointing": "group"}),
+    Case("fusedkv-lite", 2, {"num_key_value_heads": 1}, {"compile": True, "micro_batch_size": 4}),
+]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_compute_what_one_process_does_in_float64(tmp_path: Path) -> None:
+    """FSDP2 and tensor parallelism over NCCL: losses, norms, the gradient of every parameter, and trained weights."""
+    calls: list[Callable[[], None]] = [
+        partial(write_trace, case, tmp_path / f"{number}.pt", "cuda") for number, case in enumerate(ON_TWO)
+    ]
+    in_processes(2, calls)
+    for number, case in enumerate(ON_TWO):
+        found: Trace = torch.load(tmp_path / f"{number}.pt", weights_only=False)
+        expected = trace(replace(case, recipe=case.recipe | {"compile": False}))
+        assert expected is not None
+        assert found.losses == pytest.approx(expected.losses, rel=1e-4), case.name
+        assert found.norms == pytest.approx(expected.norms, rel=1e-3), case.name
+        for kind, bound in (("gradients", 1e-4), ("weights", 1e-3)):
+            one, other = getattr(expected, kind), getattr(found, kind)
+            assert one.keys() == other.keys(), case.name
+            for name, tensor in one.items():
+                error = (other[name].double() - tensor).norm() / tensor.norm()
+                assert error < bound, f"{case.name}: {kind} of {name}"
