@@ -166,7 +166,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
     diverged = len(rows) - len(finished)
     return (
         f"{len(finished)} runs, {tokens / 1e9:.2f} billion tokens of the {CORPUS}, {minutes:.0f} minutes of training "
-        f"and evaluation on {', '.join(machines)}, {dates[0]} to {dates[-1]}"
+        f"and evaluation on {', '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
         + (f"; {diverged} more did not finish." if diverged else ".")
     )
 

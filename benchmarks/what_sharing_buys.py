@@ -7,12 +7,13 @@ The paper's 3B shape with random weights in bf16: MQA and MQA-CLA2, each with a 
 some sizes, for two kinds of requests: long prompts with short answers, and shorter prompts with long answers.
 
 An engine is measured in the middle of its work. At the start its pool is filled with sequences at any stage of their
-answers, whose keys and values are taken to be there already: zeros are, and no speed depends on them.
+answers, evenly spread, whose keys and values are taken to be there already: zeros are, and no speed depends on them.
 
 - Throughput: there are always requests waiting. After a while (`settle`), the tokens of some seconds are counted.
-- Time to first token: from then on requests come by chance (Poisson) at a rate, given as a share of what the unshared
-  design with a bf16 cache managed with the same pool. Those of the second half of the time count. Whoever still waits
-  for a token at the end counts with the time so far, which is less than it would be, and as `waiting`.
+- Time to first token: the pool is full, nobody waits, and requests come by chance (Poisson) at a rate, given as a share
+  of what the unshared design with a bf16 cache managed with the same pool. Those of the second half of the time count.
+  Whoever still waits for a token at the end counts with the time so far, which is less than it would be, and as
+  `waiting`.
 
 What the file has already is not measured again, and after --limit seconds nothing new is begun; run it again to go on.
 """
@@ -53,12 +54,14 @@ VARIANTS: tuple[tuple[str, CacheDtype], ...] = (
 
 @dataclass(frozen=True)
 class Mix:
-    """Requests of a kind. Lengths of prompts and answers as `benchmarks.load` reads them, together `max_length`."""
+    """Requests of a kind. Lengths of prompts and answers as `benchmarks.load` reads them, together `max_length`.
+    Tokens are counted for so many seconds that some tens of requests end in them."""
 
     name: str
     prompt: str
     answer: str
     max_length: int
+    counted: float
 
     def draw(self, rng: random.Random) -> tuple[int, int]:
         """Tokens of a prompt and of its answer."""
@@ -71,14 +74,14 @@ class Mix:
 
 
 MIXES = (
-    Mix("long prompts, short answers", "8192:16384", "256", 16640),
-    Mix("shorter prompts, long answers", "2048:4096", "1024:2048", 6144),
+    Mix("long prompts, short answers", "8192:16384", "256", 16640, counted=12.0),
+    Mix("shorter prompts, long answers", "2048:4096", "1024:2048", 6144, counted=4.0),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and for how many seconds. `loaded` is the pool with which requests also come at a rate."""
+    """What is measured. `loaded` is the pool with which requests also come at rates, for `load` seconds at each."""
 
     shape: ModelConfig
     pools: tuple[int, ...]
@@ -86,10 +89,13 @@ class Settings:
     mixes: tuple[Mix, ...] = MIXES
     shares: tuple[float, ...] = (0.6, 0.9, 1.2)
     settle: float = 1.0
-    counted: float = 3.0
-    load: float = 6.0
+    load: float = 12.0
     max_running: int = 1024
     device: str = "cuda"
+
+
+# Its multiples, without their whole parts, are spread evenly between 0 and 1, however many there are.
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Busy:
@@ -99,6 +105,7 @@ class Busy:
         self.engine, self.mix, self.vocab_size = engine, mix, vocab_size
         self.rng, self.ids = random.Random(0), count()
         self._begun: set[str] = set()
+        self._stages = (number * GOLDEN % 1 for number in count())
         attach_prefix = engine.blocks.attach_prefix
 
         def attach(sequence: Sequence) -> None:
@@ -112,7 +119,7 @@ class Busy:
     def add(self, *, begun: bool = False) -> str:
         """One more request; one that has begun brings a part of its answer along, which is in the cache already."""
         prompt, answer = self.mix.draw(self.rng)
-        done = self.rng.randrange(answer) if begun else 0
+        done = int(answer * next(self._stages)) if begun else 0
         tokens = tuple(self.rng.choices(range(self.vocab_size), k=prompt + done))
         name = f"{self.mix.name} {next(self.ids)}"
         if begun:
@@ -121,7 +128,8 @@ class Busy:
         return name
 
     def fill(self) -> None:
-        """As many that have begun as there is room for."""
+        """As many that have begun as there is room for; nobody waits then."""
+        self._turn_away()
         while not self.engine.scheduler.waiting:
             for _ in range(32):
                 self.add(begun=True)
@@ -145,7 +153,7 @@ class Busy:
 
     def loaded(self, rate: float, seconds: float) -> Point:
         """Time to first token of those that come in the second half of the time, in milliseconds."""
-        self._turn_away()
+        self.fill()
         due = list(arrivals(rate, seconds, self.rng))
         came: dict[str, float] = {}
         first: dict[str, float] = {}
@@ -200,7 +208,7 @@ def measure(settings: Settings, points: list[Point]) -> Iterator[Point]:
                 busy.fill()
                 busy.saturated(settings.settle)
                 before = engine.scheduler.num_preemptions
-                rate, running = busy.saturated(settings.counted)
+                rate, running = busy.saturated(mix.counted)
                 point: Point = {"design": design, "cache_dtype": dtype, "pool": pool, "mix": mix.name}
                 point |= {"cache_tokens": engine.cache_tokens, "tokens_per_second": rate, "running": running}
                 point |= {"preemptions": engine.scheduler.num_preemptions - before, "load": []}

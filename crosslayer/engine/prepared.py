@@ -131,6 +131,7 @@ class PreparedModel:
             window=plan.windows[number],
             key_scale=scales.keys[key_source],
             value_scale=scales.values[value_source],
+            ahead=layer.gate_up,
         )
         project_add(attended.flatten(1), layer.out, x)
         if layer.out_bias is not None:

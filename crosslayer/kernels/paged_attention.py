@@ -88,18 +88,20 @@ def paged_attention(
     window: int | None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """Softmax(q kᵀ / √D) v for queries [N, H, D] that see the keys up to their own, at most window - 1 back.
 
     `keys` and `values` are contiguous pools [blocks, block_size, G, D], where G divides H and D is at most 256, in the
     type of `q` or in float8_e4m3fn, and hold keys and values divided by their scale. `q` is contiguous in its last
-    dimension, the result [N, H, D] in all.
+    dimension, the result [N, H, D] in all. `ahead` is a tensor that will be read next, as the weights of a layer are:
+    a GPU may begin to fetch it.
     """
     if q.is_cuda and q.dtype != torch.float64:
         # Triton is there only where there is a GPU.
         from crosslayer.kernels.paged_attention_launch import launch_paged_attention
 
-        return launch_paged_attention(q, keys, values, rows, window, key_scale, value_scale)
+        return launch_paged_attention(q, keys, values, rows, window, key_scale, value_scale, ahead)
     return paged_attention_in_pytorch(q, keys, values, rows, window, key_scale, value_scale)
 
 

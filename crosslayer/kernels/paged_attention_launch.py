@@ -18,6 +18,9 @@ PROGRAMS, MOST_SPLITS = 128, 64
 # Of up to so many rows times key heads, the first keys are brought into the L2 cache ahead of time; more are in each
 # other's way.
 FETCHED = 16
+# From so many to so many rows times key heads, so many bytes of what is read next are brought there too. Fewer rows
+# are done too soon for that, and more leave the memory no time.
+READ_AHEAD, AHEAD_BYTES = range(8, 129), 8 * 10**6
 
 
 class Tiles(NamedTuple):
@@ -39,7 +42,7 @@ def tiles_of_many(share: int, padded: int, dtype: torch.dtype) -> Tiles:
     return Tiles(max(128, least), 64, 8, 3)
 
 
-def tiles_of_one(num_tiles: int, share: int, padded: int, dtype: torch.dtype) -> Tiles:
+def tiles_of_one(num_tiles: int, share: int, padded: int, dtype: torch.dtype, *, fp8: bool = False) -> Tiles:
     """For rows of one query, `num_tiles` of them times key heads: enough keys under way at a time to hide how far it is
     to memory."""
     rows, key_bytes = max(16, next_power_of_2(share)), padded * dtype.itemsize
@@ -50,7 +53,9 @@ def tiles_of_one(num_tiles: int, share: int, padded: int, dtype: torch.dtype) ->
     # The best of those that benchmarks/attention_kernels.py tries on an H100.
     if num_tiles <= 4:
         return Tiles(rows, 64, 8, 2)
-    return Tiles(rows, 128, 8, 3) if num_tiles <= 128 else Tiles(rows, 64, 4, 3)
+    if num_tiles <= 128:
+        return Tiles(rows, 128, 8, 3)
+    return Tiles(rows, 128, 4, 2) if fp8 else Tiles(rows, 32, 4, 4)
 
 
 def splits_of(num_tiles: int) -> int:
@@ -66,6 +71,7 @@ def launch_paged_attention(
     window: int | None,
     key_scale: float,
     value_scale: float,
+    ahead: Tensor | None = None,
     *,
     many: Tiles | None = None,
     one: Tiles | None = None,
@@ -94,19 +100,22 @@ def launch_paged_attention(
         if num_queries == num_rows * rows.most_queries:
             return output
     num_tiles = num_rows * groups
-    one = one or tiles_of_one(num_tiles, share, padded, q.dtype)
+    one = one or tiles_of_one(num_tiles, share, padded, q.dtype, fp8=keys.dtype.itemsize == 1)
     splits = splits or splits_of(num_tiles)
     partials = num_rows * heads * splits if splits > 1 else 0
     sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
     scores = torch.empty(partials, dtype=torch.float32, device=q.device)
     fetch = common["PDL"] and num_tiles <= FETCHED
+    if not common["PDL"] or num_tiles not in READ_AHEAD:
+        ahead = None
+    ahead_bytes = 0 if ahead is None else min(AHEAD_BYTES, ahead.nbytes)
     # Where no row has one query, no program waits. Then the kernel must not begin early, nor end before the one above.
     common["launch_pdl"] &= rows.most_queries == 1
     one_query_kernel[(num_rows, groups, splits)](
         q, keys, values, output, sums, scores, _arrived(q.device, num_tiles),
         rows.starts, rows.lengths, rows.tables, rows.firsts, rows.tables.stride(0), q.stride(0), scale, value_scale,
-        **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys, SPLITS=splits, FETCH=fetch,
-        num_warps=one.num_warps, num_stages=one.num_stages,
+        ahead, ahead_bytes, **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys, SPLITS=splits,
+        THREADS=32 * one.num_warps, FETCH=fetch, num_warps=one.num_warps, num_stages=one.num_stages,
     )  # fmt: skip
     return output
 

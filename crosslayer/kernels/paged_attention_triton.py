@@ -149,14 +149,25 @@ def _fetch(
     block = tl.load(table + key // BLOCK_SIZE)
     offsets = ((block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * GROUPS + group) * DIM
     where = offsets[:, None] + tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)[None, :]
-    _prefetch(keys + where)
-    _prefetch(values + where)
+    _prefetch((keys + where).to(tl.int64))
+    _prefetch((values + where).to(tl.int64))
 
 
 @triton.jit
-def _prefetch(pointers):
+def _read_ahead(ahead, ahead_bytes, THREADS: tl.constexpr):
+    """Bring so many bytes from `ahead` on into the L2 cache; all programs share them, and none waits for any."""
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    lines = ahead_bytes // 128
+    for first in range(program * THREADS, lines, programs * THREADS):
+        line = tl.minimum(first + tl.arange(0, THREADS), lines - 1)
+        _prefetch(ahead.to(tl.int64) + line.to(tl.int64) * 128)
+
+
+@triton.jit
+def _prefetch(addresses):
     CODE: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(CODE, "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(CODE, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -190,9 +201,10 @@ def _combine(
 @triton.jit(do_not_specialize=VARYING[1:], do_not_specialize_on_alignment=ANYWHERE)
 def one_query_kernel(
     q, keys, values, output, partial_sums, partial_scores, arrived, starts, lengths, tables, firsts, table_stride,
-    q_stride, scale, value_scale, WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+    q_stride, scale, value_scale, ahead, ahead_bytes,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    THREADS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some keys of a row of one query, with the heads of one key head. Other rows are left out.
 
@@ -232,6 +244,8 @@ def one_query_kernel(
         tl.zeros((TILE_ROWS, PADDED), tl.float32),
         group, scale, True, 0, GROUPS, DIM, BLOCK_SIZE, TILE_KEYS,
     )  # fmt: skip
+    if ahead is not None:  # now that there are no more keys to read
+        _read_ahead(ahead, ahead_bytes, THREADS)
     to = output + token * (HEADS * DIM) + place
     if used == 1:
         result = sums * tl.where(total > 0, value_scale / total, 0.0)[:, None]

@@ -15,7 +15,7 @@ from crosslayer.model.paged import sequence_bytes
 from tests.conftest import tiny_config
 from tests.engine.runs import model_of
 
-MIX = Mix("short", "9:13", "3:6", 19)
+MIX = Mix("short", "9:13", "3:6", 19, counted=0.2)
 
 
 def test_the_mixes_lengths_are_within_their_bounds() -> None:
@@ -67,7 +67,6 @@ def points() -> list[Point]:
         mixes=(MIX,),
         shares=(0.5, 2.0),
         settle=0.05,
-        counted=0.2,
         load=0.4,
         max_running=64,
         device="cpu",

@@ -136,8 +136,11 @@ def test_rows_are_used_again_with_another_window() -> None:
         torch.testing.assert_close(got, expected(q, keys, values, rows, window))
 
 
-# Beyond those: as many keys as make several tiles and splits of what a GPU is given.
+# Beyond those: as many keys as make several tiles and splits of what a GPU is given, and as many rows as are cut
+# otherwise than few.
 LARGE = {
+    "single-64": Case(tuple((1, 37 * row % 600, 0) for row in range(64)), None, 16, 1, 128, 16),
+    "single-200": Case(tuple((1, 37 * row % 600, 0) for row in range(200)), None, 16, 1, 128, 16),
     "single": Case(((1, 700, 0), (1, 64, 0), (1, 0, 0), (1, 257, 0)), None, 16, 1, 128, 16),
     "single-window": Case(((1, 700, 30), (1, 64, 0), (1, 0, 0), (1, 257, 0)), 200, 16, 4, 64, 16),
     "mixed": Case(((1, 700, 0), (150, 150, 0), (1, 1, 0), (90, 300, 0)), None, 16, 1, 128, 16),
@@ -158,6 +161,18 @@ LARGE = {
 )
 def test_on_gpu(case: Case, dtype: torch.dtype, pool_dtype: torch.dtype, tolerance: float) -> None:
     check(case, "cuda", dtype, pool_dtype, tolerance)
+
+
+@needs_cuda
+@pytest.mark.parametrize("size", [0, 1, 10**5, 10**7])
+def test_what_is_read_ahead_changes_nothing(size: int) -> None:
+    q, keys, values, rows = make(LARGE["single-64"], torch.bfloat16, torch.bfloat16)
+    q, keys, values = (tensor.cuda() for tensor in (q, keys, values))
+    rows = AttentionRows(rows.starts.cuda(), rows.lengths.cuda(), rows.tables.cuda(), rows.firsts.cuda(), 1)
+    ahead = torch.ones(size, device="cuda")
+    want = paged_attention(q, keys, values, rows, window=None)
+    assert torch.equal(paged_attention(q, keys, values, rows, window=None, ahead=ahead), want)
+    assert ahead.eq(1).all()
 
 
 @needs_cuda
