@@ -6,8 +6,8 @@ One run measures everything: how fast the card copies memory and multiplies matr
 single queries, of prompts, and of both. Each batch is there several times, with blocks of its own, so that of a large
 one nothing is left in the L2 cache when its turn comes again; a small one stays there for everybody. All are replayed
 from one CUDA graph. FlexAttention gets pages of 128 tokens, as it cannot skip smaller ones fast; torch's varlen
-attention gets keys and values in one piece; FlashInfer's plans are made outside of the time. The error is the largest
-one of the last query of the first and the last row, by the largest output, in float64.
+attention, and SDPA for prompts, get keys and values in one piece; FlashInfer's plans are made outside of the time. The
+error is the largest one of the last query of the first and the last row, by the largest output, in float64.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks.attention_peers import (
     flash_infer,
     flex_attention,
     gathered,
+    torch_sdpa,
     torch_varlen,
 )
 from benchmarks.gpu import copy_rate, matmul_rate
@@ -168,6 +169,8 @@ def candidates(shape: Shape) -> dict[str, Callable[[list[Batch]], Calls]]:
         found["FlexAttention"] = flex_attention
     if not shape.fp8:
         found["torch varlen"] = torch_varlen
+        if len(set(shape.each)) == 1 and shape.each[0][0] == shape.each[0][1]:
+            found["torch SDPA"] = torch_sdpa
     return {**found, "FlashInfer": flash_infer}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from crosslayer.kernels.paged_attention import AttentionRows
 
@@ -70,6 +70,24 @@ def gathered(b: Batch, pool: Tensor) -> list[Tensor]:
     """Keys or values of each row, [length, G, D]."""
     lengths = b.rows.lengths.tolist()
     return [pool[table].flatten(0, 1)[:length] for table, length in zip(b.rows.tables, lengths, strict=True)]
+
+
+def torch_sdpa(batches: list[Batch]) -> Calls:
+    """Rows of equal shape that are all prompts, their keys and values copied out of the pages."""
+    calls: Calls = []
+    for b in batches:
+        count, length = len(b.rows.lengths), b.rows.most_queries
+        q, k, v = (
+            x.view(count, length, -1, DIM).transpose(1, 2)
+            for x in (b.q, *(torch.cat(gathered(b, pool)) for pool in (b.keys, b.values)))
+        )
+        calls.append(partial(_sdpa_call, q, k.contiguous(), v.contiguous()))
+    return calls
+
+
+def _sdpa_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    output = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return output.transpose(1, 2).flatten(0, 1)
 
 
 def flex_attention(batches: list[Batch]) -> Calls:

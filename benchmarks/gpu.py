@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -25,6 +26,26 @@ def seconds(step: Callable[[], object], warm_up: int, timed: int) -> tuple[float
         step()
     torch.cuda.synchronize()
     return (time.perf_counter() - started) / timed, first
+
+
+def median_seconds(step: Callable[[], object], timed: int = 40) -> float:
+    """Of single steps, each waited for: by the card's own clock, or a CPU's where there is none."""
+    times = []
+    for _ in range(3):
+        step()
+    for _ in range(timed):
+        if torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:
+            started = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def matmul_rate(size: int = 8192, repeats: int = 30) -> float:

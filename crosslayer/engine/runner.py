@@ -47,7 +47,7 @@ class Runner:
         )
         # On a GPU, what is launched is not done yet when `launch` returns.
         self.overlaps = self._on_gpu
-        self._builder = BatchBuilder(self.cache, config.max_running)
+        self.builder = BatchBuilder(self.cache, config.max_running)
         # The token last drawn in each slot, also while the host does not know it yet.
         self._last = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
         self._graphs: dict[int, GraphedStep] = {}
@@ -65,11 +65,11 @@ class Runner:
         size = None
         if len(drawing) == sum(item.new for item in step):
             size = next((size for size in self._graphs if size >= len(step)), None)
-        host = self._builder.on_host(step, size)
+        host = self.builder.on_host(step, size)
         if size is None:
             packed = pack(host.arrays, pinned=self._on_gpu).to(self.device, non_blocking=True)
-            batch = self._builder.on_device(host, unpack(packed, host.arrays))
-            logits, tokens = self._compute(batch)
+            batch = self.builder.on_device(host, unpack(packed, host.arrays))
+            logits, tokens = self.compute(batch)
         else:
             batch = self._graphs[size].batch
             logits, tokens = (part[: len(step)] for part in self._graphs[size](host))
@@ -79,7 +79,7 @@ class Runner:
         self._last.index_copy_(0, batch.drawing_slots[: len(drawing)], drawn.tokens)
         return Draws(drawn)
 
-    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [n, vocab_size] and their likeliest tokens [n], which count as drawn unless others are."""
         logits = self.model.logits(batch, self._last, self.cache)
         return logits, likeliest(logits, batch.drawing_slots, self._last)
@@ -87,7 +87,7 @@ class Runner:
     def _capture(self, sizes: Sequence[int]) -> None:
         """Make the graphs, the largest first: the others find room for what they compute in its memory."""
         memory = torch.cuda.graph_pool_handle()
-        graphs = {size: GraphedStep(self._compute, self._builder, size, memory) for size in reversed(sizes)}
+        graphs = {size: GraphedStep(self.compute, self.builder, size, memory) for size in reversed(sizes)}
         self._graphs = dict(sorted(graphs.items()))
 
     def _free_memory(self, sequence: int) -> int:
