@@ -56,7 +56,8 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """Every design with every seed; with `tune`, at rates from the config's up, until the held-out loss is no lower."""
+    """Every design with every seed; with `tune`, at rates from the config's up until the held-out loss is no lower, and
+    if it never was, down likewise."""
 
     designs: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -86,12 +87,27 @@ class Study:
         for seed in stage.seeds:
             for design in stage.designs:
                 training = self.config.training(design, seed)
-                if not stage.tune:
+                if stage.tune:
+                    self.tune(design, training)
+                else:
                     self.run(design, training)
-                    continue
-                rate, lowest = self.config.train.learning_rate, math.inf
-                while (loss := self.run(design, at_rate(training, rate))) is not None and loss < lowest:
-                    lowest, rate = loss, float(f"{rate * TUNING_FACTOR:.4g}")
+
+    def tune(self, design: str, training: TrainConfig) -> None:
+        """Find a rate with neighbours that are no better; what another process trains is left to it."""
+        start = self.config.train.learning_rate
+        lowest = self.run(design, at_rate(training, start))
+        for factor in (TUNING_FACTOR, 1 / TUNING_FACTOR):
+            rate, better = start, False
+            while True:
+                rate = float(f"{rate * factor:.4g}")
+                loss = self.run(design, at_rate(training, rate))
+                if loss is None or lowest is None:
+                    return
+                if loss >= lowest:
+                    break
+                lowest, better = loss, True
+            if better:
+                return
 
     def run(self, design: str, training: TrainConfig) -> float | None:
         """The held-out loss of a run (infinity where it diverged), from the results, or trained now and added to them;

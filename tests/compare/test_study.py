@@ -131,34 +131,41 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
         trained.append(folder.name)
         with study.claimed(folder.with_name(f"{folder.name}.lock")) as mine:
             assert not mine
-        assert place.run("tune") == rows
+        assert len(place.run("tune")) == len(rows) + len(trained) - 1
         return {"error": "step 3: the loss is nan"}
 
     monkeypatch.setattr(study.Study, "_result", made_up)
-    assert len(place.run("tune")) == len(rows) + 1
-    assert len(trained) == 1
+    assert len(place.run("tune")) == len(rows) + 2  # a rate up and, as that diverged, one down
+    assert len(trained) == 2
     place.results.write_text(before)
 
 
-def test_tuning_goes_up_until_the_loss_is_no_lower(
-    place: Place, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "tried",
+    [
+        {0.015: 1.0, 0.0225: 0.5, 0.03375: 0.5},  # up until it is no lower
+        {0.015: 99.0, 0.006667: 1.0, 0.004445: 2.0},  # down, where the first step up is worse
+        {0.015: None, 0.006667: None},  # a run that diverges is no better
+    ],
+)
+def test_tuning(
+    tried: dict[float, float | None], place: Place, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And takes a run that diverges for one that is no better; the first rate is in the results already."""
-    losses = {0.015: 1.0, 0.0225: 0.5, 0.03375: 0.5}
+    """The first rate is in the results already."""
 
     def made_up(self: study.Study, training: Any, folder: Path) -> dict[str, Any]:
-        loss = losses[training.train.learning_rate]
+        loss = tried[training.train.learning_rate]
+        if loss is None:
+            return {"error": "step 3: the loss is nan"}
         return {**{k: rows[1][k] for k in ("tasks", "recall", "seconds", "evaluation_seconds")}} | {
             "validation": {**rows[1]["validation"], "loss": loss}
         }
 
     before = place.results.read_text()
     monkeypatch.setattr(study.Study, "_result", made_up)
-    assert [row["learning_rate"] for row in place.run("tune")[len(rows) :]] == [0.015, 0.0225, 0.03375]
-    place.results.write_text(before)
-    monkeypatch.setattr(study.Study, "_result", lambda *_: {"error": "step 3: the loss is nan"})
     found = place.run("tune")[len(rows) :]
-    assert [(row["learning_rate"], row["error"]) for row in found] == [(0.015, "step 3: the loss is nan")]
+    assert [row["learning_rate"] for row in found] == list(tried)
+    assert [row.get("error") is None for row in found] == [loss is not None for loss in tried.values()]
     place.results.write_text(before)
 
 
