@@ -33,6 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results as JSON")
     arguments = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        parser.error("start it with torchrun, on two GPUs or more")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
@@ -58,7 +60,7 @@ def main() -> None:
                 continue
             rate = row.get("tokens_per_second", 0.0)
             alone = alone or rate
-            row["times_one_gpu"] = rate / alone
+            row["times_one_gpu"] = rate / alone if alone else None
             results["rows"].append(row)
             arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
             told = row.get("error") or f"{rate:>9,.0f} tokens/s ({rate / alone:.2f} x one), {row['peak_gib']:.1f} GiB"
