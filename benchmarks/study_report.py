@@ -64,6 +64,7 @@ QUESTIONS = {
     "Other layouts of the same cache against CLA2": [
         ("H128-MQA-pizza-bottom:6", "H128-MQA-CLA2"),
         ("H128-MQA-sandwich-bottom:6", "H128-MQA-CLA2"),
+        ("H128-MQA-sandwich-middle:6", "H128-MQA-CLA2"),
         ("H128-MQA-fusedkv-lite", "H128-MQA-CLA2"),
         ("H128-GQA2-suffix:6,window=256,period=3", "H128-MQA-CLA2"),
         ("H128-GQA2-yoco:window=341", "H128-MQA-CLA2"),

@@ -43,10 +43,10 @@ EXPLICIT_PLANS = (
     "0@6,1@6,1@4,0@6,4,4@3/0,1,0,1,4,4",
 )
 
-BUILDABLE = (*DESIGNS, *EXPLICIT_PLANS)
+CACHEABLE = (*DESIGNS, *EXPLICIT_PLANS)
 
-# Designs with a layer that reads a layer above itself: valid plans, of which no model can be built.
-NOT_BUILDABLE = ("lckv", "lckv:1", "pizza-middle:3", "sandwich-middle:3", "lasagna-middle:2")
+# Designs with a layer that reads a layer above itself, whose models know no cache.
+LOOPING = ("lckv", "lckv:1", "pizza-middle:3", "sandwich-middle:3", "lasagna-middle:2")
 
 
 def tiny_config(plan: str | SharingPlan = "cla2", **changes: Any) -> ModelConfig:

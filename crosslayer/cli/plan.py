@@ -129,7 +129,7 @@ def _report(name: str, designs: list[tuple[str, ModelConfig]], workload: dict[st
         notes.append(f"The scales that a kernel keeps next to {dtype} keys and values are not counted.")
     for design, config in designs:
         if config.plan.readers_below_owner:
-            notes.append(f"{design} has a layer that reads one above it: its FLOPs are those of one pass of several.")
+            notes.append(f"{design} has a layer that reads one above it: its FLOPs are those of one pass of nine.")
     title = f"{name}: context {context} tokens, batch {batch}, {dtype} cache"
     return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *notes])
 

@@ -16,6 +16,7 @@ from crosslayer.engine.scheduler import Scheduled
 from crosslayer.engine.transfer import pack, unpack
 from crosslayer.kernels.tokens import likeliest
 from crosslayer.model import Transformer
+from crosslayer.model.cache import check_one_pass
 from crosslayer.model.fp8 import FP8, slot_scales
 from crosslayer.model.paged import PagedCache, divide_memory, sequence_bytes
 
@@ -28,10 +29,12 @@ class Runner:
     """A model, laid out for inference on a device in its own precision, and the cache that it fills.
 
     Raises:
-        UserError: the cache is too small, or a layer's keys and values are kept for different numbers of tokens.
+        UserError: the cache is too small, a layer's keys and values are kept for different numbers of tokens, or it
+            reads a layer above it.
     """
 
     def __init__(self, model: Transformer, config: EngineConfig, max_length: int, device: torch.device) -> None:
+        check_one_pass(model.config.plan)
         self.device, self.config = device, model.config
         self._on_gpu = device.type == "cuda"
         fp8 = config.cache_dtype == "fp8"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 Mask = Tensor | BlockMask | None
 
@@ -26,6 +26,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         output: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
         return output
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def attend_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `attend`, for T = S, where a query sees the keys before its own only. The first sees none and gets zeros."""
+    if q.shape[2] == 1:
+        return torch.zeros_like(q)
+    return pad(attend(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], None), (0, 0, 1, 0))
 
 
 def causal_mask(length: int, window: int | None, document_ids: Tensor | None, device: torch.device) -> Mask:

@@ -39,6 +39,19 @@ class CacheStep(ABC):
         return
 
 
+def check_one_pass(plan: SharingPlan) -> None:
+    """Whether tokens can be added to a cache.
+
+    Raises:
+        UserError: they cannot, because a layer reads a layer above it.
+    """
+    if below := plan.readers_below_owner:
+        raise UserError(
+            f"layer {below[0]} reads a layer above it: such a model can be trained and evaluated, but not used with a "
+            "cache, and so not to generate text"
+        )
+
+
 def slot_capacities(plan: SharingPlan, max_length: int) -> tuple[int, ...]:
     """Per layer, for how many tokens of a sequence of `max_length` its keys and its values are kept.
 
@@ -101,9 +114,10 @@ class ContiguousCache:
         """Prepare to append tokens [B, T], of which row b uses its first new_lengths[b] (default all).
 
         Raises:
-            UserError: `input_ids` has another number of rows than the cache, `new_lengths` does not fit it, or a row
-                would outgrow `max_length`.
+            UserError: `input_ids` has another number of rows than the cache, `new_lengths` does not fit it, a row
+                would outgrow `max_length`, or as `check_one_pass`.
         """
+        check_one_pass(self.plan)
         (rows, num_tokens), batch_size = input_ids.shape, len(self.lengths)
         if rows != batch_size:
             raise UserError(f"the cache has {batch_size} rows, but input_ids has {rows}")

@@ -10,7 +10,6 @@ Dimensions: B batch, T new tokens, S tokens that may be seen, H query heads, G k
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from crosslayer.errors import UserError
-from crosslayer.model.attention import Mask, attend, causal_mask
+from crosslayer.model.attention import Mask, attend, attend_before, causal_mask
 from crosslayer.model.cache import CacheStep, ContiguousCache
 from crosslayer.model.loss import linear_cross_entropy
 from crosslayer.model.rope import apply_rope, rope_tables
 from crosslayer.plan import ModelConfig
+from crosslayer.plan.sharing import PASSES, PASSES_WITH_GRADIENT
 from crosslayer.plan.training_memory import Recompute
 
 RopeTables = tuple[Tensor, Tensor]
@@ -42,13 +42,17 @@ def project(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
 
 
 class Attention(nn.Module):
-    """Attention of one layer: its own queries, and keys and values that are its own or a lower layer's."""
+    """Attention of one layer: its own queries, and keys and values that are its own or another layer's.
+
+    Those of a layer above are there only for the tokens before: to make a token's, this layer's output is needed.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         plan = config.plan
+        self.reads_above = layer in plan.readers_below_owner
 
         def projection(heads: int) -> nn.Linear:
             return nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.attention_bias)
@@ -93,8 +97,8 @@ class Attention(nn.Module):
             v = v if step is None else step.store_values(self.layer, v)
         assert k is not None
         assert v is not None
-        output = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
-        return self.o_proj(output), k, v
+        output = attend_before(q, k, v) if self.reads_above else attend(q, k, v, mask)
+        return self.o_proj(output.transpose(1, 2).flatten(-2)), k, v
 
     def _split(self, projected: Tensor) -> Tensor:
         """[B, T, heads * D] as [B, T, heads, D]."""
@@ -122,7 +126,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Keys and values come in where a lower layer made them, and go out for the layers above."""
+    """One layer. Keys and values come in where another layer made them, and go out for the others."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -173,6 +177,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states [B, T, hidden_size] after the final norm; arguments as in `Transformer.forward`."""
         plan, length, device = self.config.plan, input_ids.shape[1], input_ids.device
+        if plan.loops and document_ids is not None:
+            raise UserError(
+                "packed documents (document_ids) cannot be combined with layers that read a layer above them"
+            )
         masks: list[Mask]
         if step is None:
             positions = torch.arange(length, device=device)[None]
@@ -201,7 +209,7 @@ class Decoder(nn.Module):
 
     def _run(
         self,
-        layers: Iterable[int],
+        layers: range,
         x: Tensor,
         rope: RopeTables,
         masks: list[Mask],
@@ -210,37 +218,62 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Some layers, of which none reads a layer outside."""
         plan = self.config.plan
+        loops = {loop.start: loop for loop in plan.loops}
         keys: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
-        for layer in layers:
-            key_source, value_source = plan.key_sources[layer], plan.value_sources[layer]
-            inputs = (x, keys.get(key_source), values.get(value_source), rope, masks[layer], step)
-            if checkpoint_blocks:
-                x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, k, v = self.layers[layer](*inputs)
-            keys[key_source], values[value_source] = k, v
-            if plan.key_slots[key_source].readers[-1] == layer:
-                del keys[key_source]
-            if plan.value_slots[value_source].readers[-1] == layer:
-                del values[value_source]
+
+        def run_once(some: range, x: Tensor, keys: dict[int, Tensor], values: dict[int, Tensor]) -> Tensor:
+            for layer in some:
+                key_source, value_source = plan.key_sources[layer], plan.value_sources[layer]
+                k = None if plan.owns_keys(layer) else keys[key_source]
+                v = None if plan.owns_values(layer) else values[value_source]
+                inputs = (x, k, v, rope, masks[layer], step)
+                if checkpoint_blocks:
+                    x, k, v = checkpoint(self.layers[layer], *inputs, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x, k, v = self.layers[layer](*inputs)
+                keys[key_source], values[value_source] = k, v
+            return x
+
+        layer = layers.start
+        while layer < layers.stop:
+            some = loops.get(layer, range(layer, layer + 1))
+            if layer in loops:
+                _zeros_from_above(self.config, some, x, keys, values)
+                for number in range(PASSES + PASSES_WITH_GRADIENT - 1):
+                    with torch.set_grad_enabled(torch.is_grad_enabled() and number >= PASSES):
+                        run_once(some, x, keys, values)
+                    # What autocast has kept of the weights leads to no gradients.
+                    torch.clear_autocast_cache()
+            x = run_once(some, x, keys, values)
+            layer = some.stop
+            for slots, kept in ((plan.key_slots, keys), (plan.value_slots, values)):
+                for source in [source for source in kept if slots[source].readers[-1] < layer]:
+                    del kept[source]
         return x
+
+
+def _zeros_from_above(
+    config: ModelConfig, layers: range, x: Tensor, keys: dict[int, Tensor], values: dict[int, Tensor]
+) -> None:
+    """What `layers` read of layers above them before those have run."""
+    zeros = x.new_zeros(x.shape[0], config.num_key_value_heads, x.shape[1], config.head_dim)
+    for sources, made in ((config.plan.key_sources, keys), (config.plan.value_sources, values)):
+        made.update({sources[layer]: zeros for layer in layers if sources[layer] > layer})
 
 
 class Transformer(nn.Module):
     """A language model built from a ModelConfig, with weights drawn from N(0, initializer_range²).
 
     Raises:
-        UserError: the plan has a layer that reads a layer above itself.
+        UserError: a layer that reads a layer above itself has a window.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
-        if below := config.plan.readers_below_owner:
-            raise UserError(
-                f"layer {below[0]} reads keys or values of a layer above it, which do not exist yet when it runs; "
-                "such plans (Layer-Condensed KV) need several passes per step and cannot be built here"
-            )
+        for layer in config.plan.readers_below_owner:
+            if config.plan.windows[layer] is not None:
+                raise UserError(f"layer {layer} reads a layer above it, and cannot have a window besides")
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

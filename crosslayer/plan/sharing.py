@@ -17,6 +17,10 @@ from crosslayer.errors import UserError
 
 SlotKind = Literal["key", "value"]
 
+# Passes over layers of which some read a layer above them: without gradients, and then with. With one of these, the
+# readers would teach the owner nothing (Layer-Condensed KV, arXiv 2405.10637, whose numbers these are).
+PASSES, PASSES_WITH_GRADIENT = 7, 2
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -140,6 +144,19 @@ class SharingPlan:
         """Layers that read a layer above themselves; such a plan cannot run in one pass over the layers."""
         pairs = zip(self.key_sources, self.value_sources, strict=True)
         return tuple(layer for layer, sources in enumerate(pairs) if max(sources) > layer)
+
+    @cached_property
+    def loops(self) -> tuple[range, ...]:
+        """The layers that need several passes, bottom to top: each run goes from a reader below its owner to that
+        owner, and runs that overlap are one."""
+        sources = [max(pair) for pair in zip(self.key_sources, self.value_sources, strict=True)]
+        joined: list[range] = []
+        for layer in self.readers_below_owner:
+            if joined and layer < joined[-1].stop:
+                joined[-1] = range(joined[-1].start, max(joined[-1].stop, sources[layer] + 1))
+            else:
+                joined.append(range(layer, sources[layer] + 1))
+        return tuple(joined)
 
     @property
     def prefill_cut(self) -> int:

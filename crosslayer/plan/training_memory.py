@@ -14,6 +14,7 @@ from typing import Literal
 from crosslayer.errors import UserError
 from crosslayer.plan.config import ModelConfig
 from crosslayer.plan.cost import layer_weights, num_parameters, rank_widths
+from crosslayer.plan.sharing import PASSES_WITH_GRADIENT
 
 BF16, FP32, INT64 = 2, 4, 8
 # Logits that model.loss makes at a time on a GPU, in whole tiles of so many tokens.
@@ -117,7 +118,8 @@ def activation_bytes_per_token(config: ModelConfig, recompute: Recompute, tensor
     plan, hidden = config.plan, config.hidden_size
     end = INT64 + (2 * FP32 + BF16) * hidden + FP32
     if recompute == "none":
-        return end + sum(_layer_bytes(config, layer, tensor_parallel) for layer in range(plan.num_layers))
+        again = [layer for loop in plan.loops for layer in loop] * (PASSES_WITH_GRADIENT - 1)
+        return end + sum(_layer_bytes(config, layer, tensor_parallel) for layer in (*range(plan.num_layers), *again))
     if recompute == "group":
         return end + BF16 * hidden * len(plan.layer_groups)
     _, kv, _ = rank_widths(config, tensor_parallel)

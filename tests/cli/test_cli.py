@@ -261,7 +261,7 @@ def test_a_tokenizer_that_does_not_fit_or_is_not_there(trained: Path, capsys: py
         ("train {config} train.tokns=3 --out {out}", "did you mean train.tokens"),
         ("train {config} train.tokens=many --out {out}", "train.tokens must be a whole number"),
         ("train {config} model.design=cla22x --out {out}", "cla22x"),
-        ("train {config} model.design=lckv --out {out}", "above"),
+        ("train {config} model.design=1@4,1,2,3 --out {out}", "above"),
         ("train {config} train.seed=5 --out {run}", "train.seed"),
         ("compare {config} --out {out}", "designs is missing"),
         ("export {none} --out {out}", "not the folder of a training run with checkpoints"),

@@ -58,7 +58,7 @@ TWO_SLOTS = "0,1,0,1,0,1"
 WINDOWS = "0@6,1@6,1@4,0@6,4,4@3"
 SPLIT = "0,1,1,1,4,1/0,1,0,1,1,0"
 
-READ = "keys.get(key_source), values.get(value_source)"
+READ = "else keys[key_source]\n            v = None if plan.owns_values(layer) else values[value_source]"
 MAKE_K = "self.k_norm, rope)"
 NO_TURN = "(torch.ones_like(rope[0]), torch.zeros_like(rope[1]))"
 
@@ -68,7 +68,7 @@ MUTATIONS = (
         TWO_SLOTS,
         Decoder._run,
         READ,
-        "keys.get(min(keys, default=0)), values.get(min(values, default=0))",
+        READ.replace("[key_source]", "[min(keys)]").replace("[value_source]", "[min(values)]"),
         ("reference", "gradients"),
     ),
     Mutation(
@@ -76,15 +76,15 @@ MUTATIONS = (
         TWO_SLOTS,
         Decoder._run,
         READ,
-        "keys.get(max(keys, default=0)), values.get(max(values, default=0))",
+        READ.replace("[key_source]", "[max(keys)]").replace("[value_source]", "[max(values)]"),
         ("reference", "gradients"),
     ),
     Mutation(
         "values are read from the keys' source",
         SPLIT,
         Decoder._run,
-        "values.get(value_source)",
-        "values.get(key_source, values.get(value_source))",
+        "else values[value_source]",
+        "else values.get(key_source, values[value_source])",
         ("reference", "gradients"),
     ),
     Mutation(
@@ -236,8 +236,8 @@ MUTATIONS = (
         "activation checkpointing detaches shared keys and values",
         "cla2",
         Decoder._run,
-        "preserve_rng_state=False)\n        else",
-        "preserve_rng_state=False); k, v = k.detach(), v.detach()\n        else",
+        "preserve_rng_state=False)\n            else",
+        "preserve_rng_state=False); k, v = k.detach(), v.detach()\n            else",
         ("activation checkpointing", "gradients"),
     ),
     Mutation(

@@ -44,33 +44,35 @@ def reference_logits(
         return torch.cat((turned.real, turned.imag))
 
     def attend(query: Tensor, seen_keys: list[Tensor], seen_values: list[Tensor]) -> Tensor:
+        if not seen_keys:
+            return torch.zeros(size, dtype=torch.float64)
         scores = torch.stack([query @ key for key in seen_keys]) / math.sqrt(size)
         chances = torch.exp(scores - scores.max())
         chances = chances / chances.sum()
         return sum((chance * value for chance, value in zip(chances, seen_values, strict=True)), torch.zeros(size))
 
-    stream = [weight("model.embed_tokens")[token] for token in tokens]
-    keys: dict[int, list[list[Tensor]]] = {}  # layer -> position -> head -> vector
-    values: dict[int, list[list[Tensor]]] = {}
-    for layer in range(plan.num_layers):
-        prefix = f"model.layers.{layer}"
-        attention = f"{prefix}.self_attn"
-        head_norms = config.qk_norm
-        for position, x in enumerate(stream):
+    stream = []
+    keys: dict[int, list[list[Tensor]]] = {layer: [] for layer in plan.key_sources}  # position -> head -> vector
+    values: dict[int, list[list[Tensor]]] = {layer: [] for layer in plan.value_sources}
+    for position, token in enumerate(tokens):
+        x = weight("model.embed_tokens")[token]
+        for layer in range(plan.num_layers):
+            prefix = f"model.layers.{layer}"
+            attention = f"{prefix}.self_attn"
+            head_norms = config.qk_norm
             separate = f"{prefix}.kv_layernorm.weight" in weights
             kv_input = norm(f"{prefix}.{'kv' if separate else 'input'}_layernorm", x)
             if plan.key_sources[layer] == layer:
                 made = split(linear(f"{attention}.k_proj", kv_input), f"{attention}.k_norm" if head_norms else None)
-                keys.setdefault(layer, []).append([rotate(key, position) for key in made])
+                keys[layer].append([rotate(key, position) for key in made])
             if plan.value_sources[layer] == layer:
-                values.setdefault(layer, []).append(split(linear(f"{attention}.v_proj", kv_input)))
-        layer_keys, layer_values = keys[plan.key_sources[layer]], values[plan.value_sources[layer]]
-        window = plan.windows[layer]
-        for position, x in enumerate(stream):
+                values[layer].append(split(linear(f"{attention}.v_proj", kv_input)))
+            layer_keys, layer_values = keys[plan.key_sources[layer]], values[plan.value_sources[layer]]
+            window = plan.windows[layer]
             queries = linear(f"{attention}.q_proj", norm(f"{prefix}.input_layernorm", x))
             visible = [
                 other
-                for other in range(position + 1)
+                for other in range(min(len(layer_keys), len(layer_values)))  # of a layer above, those before this token
                 if (window is None or position - other < window)
                 and (documents is None or documents[other] == documents[position])
             ]
@@ -87,7 +89,8 @@ def reference_logits(
             x = x + linear(f"{attention}.o_proj", torch.cat(outputs))
             h = norm(f"{prefix}.post_attention_layernorm", x)
             gate, up = linear(f"{prefix}.mlp.gate_proj", h), linear(f"{prefix}.mlp.up_proj", h)
-            stream[position] = x + linear(f"{prefix}.mlp.down_proj", gate / (1 + torch.exp(-gate)) * up)
+            x = x + linear(f"{prefix}.mlp.down_proj", gate / (1 + torch.exp(-gate)) * up)
+        stream.append(x)
     head = "lm_head" if "lm_head.weight" in weights else "model.embed_tokens"  # tied
     return torch.stack([weight(head) @ norm("model.norm", x) for x in stream])
 

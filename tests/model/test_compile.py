@@ -9,7 +9,7 @@ import torch
 
 from crosslayer.model import ContiguousCache
 from crosslayer.plan.training_memory import Recompute
-from tests.conftest import BUILDABLE, tiny_config
+from tests.conftest import CACHEABLE, tiny_config
 from tests.model.checks import (
     assert_close,
     assert_same_gradients,
@@ -33,13 +33,15 @@ def check_compiled(plan: str, backend: str, layers: int, recompute: Recompute = 
     assert_same_gradients(compiled_gradients, gradients, "compiled")
 
 
-@pytest.mark.parametrize(("plan", "recompute"), [("cla2", "none"), ("0@5,0@5,2@3/0,1,1", "block"), ("cla2", "group")])
+@pytest.mark.parametrize(
+    ("plan", "recompute"), [("cla2", "none"), ("0@5,0@5,2@3/0,1,1", "block"), ("cla2", "group"), ("1,1,2", "none")]
+)
 def test_traced(plan: str, recompute: Recompute) -> None:
     check_compiled(plan, "aot_eager", layers=3, recompute=recompute)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", BUILDABLE)
+@pytest.mark.parametrize("plan", CACHEABLE)
 def test_every_design_traced(plan: str) -> None:
     check_compiled(plan, "aot_eager", layers=6)
 

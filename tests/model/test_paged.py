@@ -9,7 +9,7 @@ from crosslayer.errors import UserError
 from crosslayer.model.paged import PagedCache, divide_memory, slots_of_spans
 from crosslayer.plan import PRESETS, parse_design
 from crosslayer.plan.cost import kv_bytes_per_token
-from tests.conftest import BUILDABLE, tiny_config
+from tests.conftest import CACHEABLE, tiny_config
 
 
 def test_pools_are_the_bytes_of_the_plan() -> None:
@@ -25,7 +25,7 @@ def test_pools_are_the_bytes_of_the_plan() -> None:
     assert tokens["H128-MQA-CLA2"] == pytest.approx(2 * tokens["H128-MQA"], abs=block_size)
 
 
-@pytest.mark.parametrize("plan", BUILDABLE)
+@pytest.mark.parametrize("plan", CACHEABLE)
 def test_allocated_bytes_follow_the_slots(plan: str) -> None:
     config = tiny_config(plan)
     slots = slots_of_spans(config, 40)

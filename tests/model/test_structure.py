@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 
+from crosslayer.engine import LLM
 from crosslayer.errors import UserError
 from crosslayer.model import ContiguousCache, Transformer
 from crosslayer.plan import PRESETS, parse_design, parse_plan
 from crosslayer.plan.cost import BYTES_PER_ELEMENT, kv_bytes, num_parameters
-from tests.conftest import BUILDABLE, NOT_BUILDABLE, tiny_config
+from tests.conftest import CACHEABLE, LOOPING, tiny_config
 from tests.model.checks import random_model, random_tokens
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -41,7 +42,7 @@ TABLE_1 = {
 }
 
 
-@pytest.mark.parametrize("plan", BUILDABLE)
+@pytest.mark.parametrize("plan", CACHEABLE)
 def test_planner_figures_are_what_is_allocated(plan: str) -> None:
     config = tiny_config(plan, attention_bias=True, qk_norm=True)
     assert num_parameters(config) == sum(parameter.numel() for parameter in Transformer(config).parameters())
@@ -61,17 +62,25 @@ def test_paper_models_allocate_the_bytes_of_table_1(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(config)
 
 
-@pytest.mark.parametrize("plan", NOT_BUILDABLE)
-def test_reader_below_its_owner_is_refused(plan: str) -> None:
+@pytest.mark.parametrize("plan", LOOPING)
+def test_a_reader_below_its_owner_has_no_cache(plan: str) -> None:
     config = tiny_config(plan)
     layer = next(layer for layer, source in enumerate(config.plan.key_sources) if source > layer)
-    with pytest.raises(UserError, match=rf"^layer {layer} reads keys or values of a layer above it.*cannot be built"):
-        Transformer(config)
+    model = random_model(config)
+    with pytest.raises(UserError, match=rf"^layer {layer} reads a layer above it: .* not to generate text"):
+        model(random_tokens(model, 1, 3), cache=ContiguousCache(config, 1, 4))
+    with pytest.raises(UserError, match=rf"^layer {layer} reads a layer above it"):
+        LLM(model)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_values_from_above_are_refused_too() -> None:
-    with pytest.raises(UserError, match="layer 1 reads"):
-        Transformer(tiny_config("0,1,2,3,4,5/0,3,2,3,4,5"))
+def test_a_reader_below_its_owner_has_neither_window_nor_documents() -> None:
+    with pytest.raises(UserError, match="layer 1 reads a layer above it, and cannot have a window besides"):
+        Transformer(tiny_config("0,2@3,2,3,4,5"))
+    model = random_model(tiny_config("lckv"))
+    tokens = random_tokens(model, 2, 4)
+    with pytest.raises(UserError, match="document_ids"):
+        model(tokens, document_ids=torch.zeros_like(tokens))
 
 
 def test_keys_and_values_kept_for_different_lengths_are_refused() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -157,11 +159,18 @@ def fail_on_first(file: Path) -> None:
 def in_processes(count: int, calls: Sequence[Callable[[], None]]) -> None:
     """Make each call in `count` new processes, in an environment such as torchrun gives them."""
     # A port a call: the first process may still have the last call's open when the others start the next.
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in calls]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    multiprocessing.spawn(_enter, (count, ports, calls), nprocs=count)
+    multiprocessing.spawn(_enter, (count, _free_ports(len(calls)), calls), nprocs=count)
+
+
+def _free_ports(count: int) -> list[int]:
+    """From below those that the system gives to connections, as one of these may be gone before it is used."""
+    free: list[int] = []
+    for port in random.sample(range(15_000, 32_000), 1000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            free.append(port)
+        if len(free) == count:
+            break
+    return free
 
 
 def _enter(rank: int, count: int, ports: Sequence[int], calls: Sequence[Callable[[], None]]) -> None:

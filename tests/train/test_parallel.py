@@ -46,7 +46,9 @@ CASES = {
         Case("cla2", 1, TIED, {"micro_batch_size": 2}),
         Case("fusedkv-lite", 1, EXTRAS, {"activation_checkpointing": "block", "micro_batch_size": 1}),
         Case("yoco:window=5", 1, {}, {"activation_checkpointing": "group"}),
+        Case("sandwich-middle:3", 1, {}, {"activation_checkpointing": "group", "micro_batch_size": 2}),
         Case("cla2", 2, {**TIED, **EXTRAS}, {"activation_checkpointing": "group"}),
+        Case("lckv:1", 2, MQA, {"micro_batch_size": 4}),
         Case("fusedkv-lite", 2, {**MQA, "qk_norm": True}, {"compile": True, "micro_batch_size": 4}),
     ],
     4: [

@@ -224,7 +224,7 @@ def test_tensorboard_that_is_not_installed(data: PreparedData, tmp_path: Path, m
         ({"model": {"vocab_size": 280}}, "model.vocab_size 280 is less than the tokenizer's"),
         ({"sequence_length": 10_000, "batch_size": 1}, "fewer than one window"),
         ({"device": "abacus"}, "device 'abacus' cannot be used here"),
-        ({"model": {"design": "pizza-middle:2"}}, "reads keys or values of a layer above it"),
+        ({"model": {"design": "1@4,1,2,3"}}, "reads a layer above it, and cannot have a window"),
     ],
 )
 def test_what_cannot_be_trained_does_not_claim_the_folder(
