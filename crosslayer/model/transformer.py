@@ -257,7 +257,8 @@ def _zeros_from_above(
     config: ModelConfig, layers: range, x: Tensor, keys: dict[int, Tensor], values: dict[int, Tensor]
 ) -> None:
     """What `layers` read of layers above them before those have run."""
-    zeros = x.new_zeros(x.shape[0], config.num_key_value_heads, x.shape[1], config.head_dim)
+    # Laid out as what comes later is, for which blocks are compiled anyway.
+    zeros = x.new_zeros(*x.shape[:2], config.num_key_value_heads, config.head_dim).transpose(1, 2)
     for sources, made in ((config.plan.key_sources, keys), (config.plan.value_sources, values)):
         made.update({sources[layer]: zeros for layer in layers if sources[layer] > layer})
 

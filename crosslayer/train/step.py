@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.compiler.config
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +23,9 @@ from crosslayer.train.parallel import parallelize
 
 # About 50 ms of an H100's work.
 GRAPH_FLOPS = 2e13
+# Kinds of blocks, times the ways they are run (with gradients, without, to evaluate), that are compiled. Beyond
+# PyTorch's own limit, 8, they would silently run uncompiled, and plans with several passes have more.
+MOST_KINDS = 32
 
 
 class StepOutput(NamedTuple):
@@ -58,6 +62,7 @@ class TrainStep:
         model.model.activation_checkpointing = recipe.activation_checkpointing
         if recipe.compile if recipe.compile is not None else self.device.type == "cuda":
             # Block by block: layers of one kind share their compiled code, so compiling takes seconds at any depth.
+            torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, MOST_KINDS)
             for block in model.model.layers:
                 block.compile()
         self._graphed = GraphedLoss(self._loss, model.parameters()) if self._launches_are_slow() else None

@@ -23,6 +23,7 @@ from crosslayer.cli import main
 from crosslayer.compare import CompareConfig, Results, compare, format_table
 from crosslayer.errors import Stopped, UserError
 from crosslayer.settings import from_mapping
+from crosslayer.train import step
 
 TEXT = "shared keys and values travel up from layer to layer while queries stay at home, "
 
@@ -363,13 +364,27 @@ def test_command(
 
 
 @pytest.mark.slow
-def test_every_design_is_compiled_however_many_there_are(workplace: Path, tmp_path: Path) -> None:
+def test_every_design_is_compiled_however_many_there_are(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The limit set here is enough for either design, in training and in scoring, and not for both."""
     import torch
 
+    monkeypatch.setattr(step, "MOST_KINDS", 0)
     config = micro(workplace, seeds=[0], designs=["CLA2", "H4-MQA-CLA2"])
     config = replace(config, train=replace(config.train, compile=True, tokens=64, device="cpu"))
     with torch._dynamo.config.patch(recompile_limit=10, fail_on_recompile_limit_hit=True):
+        assert not compare(config, tmp_path / "out").failures
+
+
+@pytest.mark.slow
+def test_a_plan_with_many_kinds_of_blocks_is_compiled(workplace: Path, tmp_path: Path) -> None:
+    """PyTorch's own limit would leave some of them out."""
+    import torch
+
+    config = micro(workplace, seeds=[0], designs=["MQA-pizza-middle:2"])
+    config = replace(config, train=replace(config.train, compile=True, tokens=64, device="cpu"))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
         assert not compare(config, tmp_path / "out").failures
 
 
