@@ -33,7 +33,7 @@ def batches(count: int) -> list[Batch]:
 
 @pytest.mark.parametrize("recompute", ["none", "block", "group"])
 @pytest.mark.parametrize("micro", [None, 2])
-@pytest.mark.parametrize("plan", ["cla2", "0,1,1,1,4,1/0,1,0,3,3,0"])
+@pytest.mark.parametrize("plan", ["cla2", "0,1,1,1,4,1/0,1,0,3,3,0", "sandwich-middle:3"])
 def test_a_graph_trains_as_its_launches_do(
     plan: str, micro: int | None, recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
