@@ -96,17 +96,13 @@ class Study:
         """Find a rate with neighbours that are no better; what another process trains is left to it."""
         start = self.config.train.learning_rate
         lowest = self.run(design, at_rate(training, start))
+        if lowest is None:
+            return
         for factor in (TUNING_FACTOR, 1 / TUNING_FACTOR):
-            rate, better = start, False
-            while True:
-                rate = float(f"{rate * factor:.4g}")
-                loss = self.run(design, at_rate(training, rate))
-                if loss is None or lowest is None:
-                    return
-                if loss >= lowest:
-                    break
-                lowest, better = loss, True
-            if better:
+            before, rate = lowest, rounded(start * factor)
+            while (loss := self.run(design, at_rate(training, rate))) is not None and loss < lowest:
+                lowest, rate = loss, rounded(rate * factor)
+            if loss is None or lowest < before:
                 return
 
     def run(self, design: str, training: TrainConfig) -> float | None:
@@ -116,10 +112,10 @@ class Study:
         Raises:
             OutOfTime: it would have to be trained, and there is no time for it.
         """
-        settings = comparable(training) | {"data": self.fingerprint}
-        recipe = training.train
+        recipe, own = training.train, comparable(training)
+        settings = own | {"data": self.fingerprint}
         name = f"{design_folder(design)}-seed-{recipe.seed}-rate-{recipe.learning_rate:g}"
-        folder = self.arguments.runs / f"{name}-{short_hash(comparable(training))}"
+        folder = self.arguments.runs / f"{name}-{short_hash(own)}"
         with claimed(folder.with_name(f"{folder.name}.lock")) as mine:
             row = next((row for row in read_rows(self.arguments.results) if row["settings"] == settings), None)
             if row is None and not mine:
@@ -178,6 +174,10 @@ def claimed(file: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def rounded(rate: float) -> float:
+    return float(f"{rate:.4g}")
 
 
 def at_rate(training: TrainConfig, rate: float) -> TrainConfig:

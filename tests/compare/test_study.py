@@ -140,6 +140,22 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
     place.results.write_text(before)
 
 
+def test_a_design_whose_first_rate_another_process_trains_is_left_to_it(
+    place: Place, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = place.results.read_text()
+    place.results.write_text("")
+
+    def made_up(self: study.Study, training: Any, folder: Path) -> dict[str, Any]:
+        if training.train.learning_rate == 1e-2:
+            assert place.run("tune") == []
+        return {"error": "step 3: the loss is nan"}
+
+    monkeypatch.setattr(study.Study, "_result", made_up)
+    assert len(place.run("tune")) == 3
+    place.results.write_text(before)
+
+
 @pytest.mark.parametrize(
     "tried",
     [
