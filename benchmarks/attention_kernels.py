@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from benchmarks.attention_peers import (
     torch_sdpa,
     torch_varlen,
 )
-from benchmarks.gpu import copy_rate, matmul_rate
+from benchmarks.gpu import copy_rate, in_a_graph, matmul_rate, median_seconds
 from crosslayer.environment import describe_environment
 from crosslayer.kernels.paged_attention import AttentionRows
 from crosslayer.kernels.paged_attention_launch import (
@@ -123,22 +122,12 @@ def ours(batches: list[Batch], **cut: Any) -> Calls:
 
 def microseconds(calls: Calls) -> float:
     """Of one call, in the median of several replays of all of them."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def step() -> None:
         for call in calls:
             call()
-    times = []
-    for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return median(times[2:])
+
+    return median_seconds(in_a_graph(step).replay, 10) * 1e6 / len(calls)
 
 
 def error(b: Batch, output: Tensor) -> float:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu import copy_rate
+from benchmarks.gpu import copy_rate, in_a_graph
 from crosslayer.environment import describe_environment
 from crosslayer.files import write_json
 from crosslayer.kernels import few_rows_launch as kernels
@@ -45,15 +45,6 @@ Launches = dict[str, Launch]
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
-
-
-def in_a_graph(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    step()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def seconds(run: Callable[[], object], timed: int) -> float:

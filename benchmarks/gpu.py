@@ -28,6 +28,16 @@ def seconds(step: Callable[[], object], warm_up: int, timed: int) -> tuple[float
     return (time.perf_counter() - started) / timed, first
 
 
+def in_a_graph(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of the step, which has been run once before."""
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 def median_seconds(step: Callable[[], object], timed: int = 40) -> float:
     """Of single steps, each waited for: by the card's own clock, or a CPU's where there is none."""
     times = []

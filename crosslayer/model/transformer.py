@@ -243,8 +243,8 @@ class Decoder(nn.Module):
                 for number in range(PASSES + PASSES_WITH_GRADIENT - 1):
                     with torch.set_grad_enabled(torch.is_grad_enabled() and number >= PASSES):
                         run_once(some, x, keys, values)
-                    # What autocast has kept of the weights leads to no gradients.
-                    torch.clear_autocast_cache()
+                    if number == PASSES - 1:  # what autocast has kept of the weights leads to no gradients
+                        torch.clear_autocast_cache()
             x = run_once(some, x, keys, values)
             layer = some.stop
             for slots, kept in ((plan.key_slots, keys), (plan.value_slots, values)):

@@ -61,8 +61,8 @@ class TrainStep:
         )
         model.model.activation_checkpointing = recipe.activation_checkpointing
         if recipe.compile if recipe.compile is not None else self.device.type == "cuda":
-            # Block by block: layers of one kind share their compiled code, so compiling takes seconds at any depth.
             torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, MOST_KINDS)
+            # Block by block: layers of one kind share their compiled code, so compiling takes seconds at any depth.
             for block in model.model.layers:
                 block.compile()
         self._graphed = GraphedLoss(self._loss, model.parameters()) if self._launches_are_slow() else None
