@@ -103,10 +103,11 @@ class BlockManager:
         sequence.room = sequence.num_cached
         sequence.trim_at = self._next_trim(sequence)
 
-    def has_room(self, sequence: Sequence) -> bool:
-        """Whether all tokens of the sequence would fit, now. Windows are left out: their old blocks come free."""
+    def has_room(self, sequence: Sequence, spare: int) -> bool:
+        """Whether all tokens of the sequence would fit, now, and so many more blocks. Windows are left out: their old
+        blocks come free."""
         pool = self._whole
-        return pool is None or self._missing(sequence, len(sequence.tokens)) <= pool.num_free
+        return pool is None or self._missing(sequence, len(sequence.tokens)) + spare <= pool.num_free
 
     def grow(self, sequence: Sequence, length: int) -> bool:
         """Take the blocks for the first `length` tokens of a sequence that has `room` for fewer; False, and nothing
