@@ -40,7 +40,6 @@ from crosslayer.kernels.paged_attention import AttentionRows
 from crosslayer.kernels.paged_attention_launch import (
     Tiles,
     launch_paged_attention,
-    splits_of,
     tiles_of_many,
     tiles_of_one,
 )
@@ -81,6 +80,7 @@ SHAPES = (
     Shape("512 x 640", ((512, 1, 640),), sweep=True, flex=True),
     Shape("64 x 2048", ((64, 1, 2048),)),
     Shape("256 x 2048", ((256, 1, 2048),)),
+    Shape("135 x 2048 to 6144, 24 heads", tuple((1, 1, 2048 + 997 * row % 4096) for row in range(135)), 24, sweep=True),
     Shape("8 x 32768", ((8, 1, 32768),)),
     Shape("64 x 2048, 4 key heads", ((64, 1, 2048),), groups=4),
     Shape("256 x 2048, fp8", ((256, 1, 2048),), fp8=True, sweep=True),
@@ -147,11 +147,10 @@ def candidates(shape: Shape) -> dict[str, Callable[[list[Batch]], Calls]]:
     found: dict[str, Callable[[list[Batch]], Calls]] = {"ours": ours}
     if shape.sweep:
         queries = {count for count, _ in shape.each}
-        usual = splits_of(len(shape.each) * shape.groups)
         one = ONE if 1 in queries else []
         found |= {f"ours, one={tuple(tiles)}": partial(ours, one=tiles) for tiles in one}
-        splits = {usual // 2, usual * 2, usual * 4} & {1, 2, 4, 8, 16, 32, 64} if 1 in queries else ()
-        found |= {f"ours, splits={number}": partial(ours, splits=number) for number in sorted(splits)}
+        programs = (64, 192, 256, 384) if 1 in queries else ()
+        found |= {f"ours, programs={number}": partial(ours, programs=number) for number in programs}
         many = MANY if queries != {1} else []
         found |= {f"ours, many={tuple(tiles)}": partial(ours, many=tiles) for tiles in many}
     if shape.flex:

@@ -75,7 +75,7 @@ class Mix:
 
 MIXES = (
     Mix("long prompts, short answers", "8192:16384", "256", 16640, counted=12.0),
-    Mix("shorter prompts, long answers", "2048:4096", "1024:2048", 6144, counted=4.0),
+    Mix("shorter prompts, long answers", "2048:4096", "1024:2048", 6144, counted=8.0),
 )
 
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2
 
+from crosslayer.kernels.counters import counters
 from crosslayer.kernels.dependent_launch_triton import dependent_launch
 from crosslayer.kernels.paged_attention import AttentionRows
 from crosslayer.kernels.paged_attention_triton import many_queries_kernel, one_query_kernel
 
 # Rows of one query are split for about so many programs, almost one for each of an H100's processors.
-PROGRAMS, MOST_SPLITS = 128, 64
+PROGRAMS = 128
+# Each finds its row among all, so many at a time: of a few rows these, of more those.
+AT_A_TIME = (16, 512)
 # Of up to so many rows times key heads, the first keys are brought into the L2 cache ahead of time; more are in each
 # other's way.
 FETCHED = 16
@@ -58,11 +61,6 @@ def tiles_of_one(num_tiles: int, share: int, padded: int, dtype: torch.dtype, *,
     return Tiles(rows, 128, 4, 2) if fp8 else Tiles(rows, 32, 4, 4)
 
 
-def splits_of(num_tiles: int) -> int:
-    """Into how many parts the keys of a row of one query are split, a power of two; `num_tiles` as above."""
-    return min(MOST_SPLITS, 1 << (-(-PROGRAMS // num_tiles) - 1).bit_length())
-
-
 def launch_paged_attention(
     q: Tensor,
     keys: Tensor,
@@ -75,7 +73,7 @@ def launch_paged_attention(
     *,
     many: Tiles | None = None,
     one: Tiles | None = None,
-    splits: int | None = None,
+    programs: int = PROGRAMS,
 ) -> Tensor:
     """`paged_attention` cut in other ways than the usual, where given."""
     num_queries, heads, dim = q.shape
@@ -101,36 +99,22 @@ def launch_paged_attention(
             return output
     num_tiles = num_rows * groups
     one = one or tiles_of_one(num_tiles, share, padded, q.dtype, fp8=keys.dtype.itemsize == 1)
-    splits = splits or splits_of(num_tiles)
-    partials = num_rows * heads * splits if splits > 1 else 0
-    sums = torch.empty(partials * dim, dtype=torch.float32, device=q.device)
-    scores = torch.empty(partials, dtype=torch.float32, device=q.device)
+    programs = max(1, programs // groups)
+    # One more for every row, as none works for two; but never more than there can be tiles.
+    most = min(programs + num_rows, num_rows * -(-rows.tables.shape[1] * block_size // one.keys))
+    sums = torch.empty(most * heads * dim, dtype=torch.float32, device=q.device)
+    scores = torch.empty(most * heads, dtype=torch.float32, device=q.device)
     fetch = common["PDL"] and num_tiles <= FETCHED
     if not common["PDL"] or num_tiles not in READ_AHEAD:
         ahead = None
     ahead_bytes = 0 if ahead is None else min(AHEAD_BYTES, ahead.nbytes)
     # Where no row has one query, no program waits. Then the kernel must not begin early, nor end before the one above.
     common["launch_pdl"] &= rows.most_queries == 1
-    one_query_kernel[(num_rows, groups, splits)](
-        q, keys, values, output, sums, scores, _arrived(q.device, num_tiles),
-        rows.starts, rows.lengths, rows.tables, rows.firsts, rows.tables.stride(0), q.stride(0), scale, value_scale,
-        ahead, ahead_bytes, **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys, SPLITS=splits,
-        THREADS=32 * one.num_warps, FETCH=fetch, num_warps=one.num_warps, num_stages=one.num_stages,
+    one_query_kernel[(most, groups)](
+        q, keys, values, output, sums, scores, counters(q.device, num_tiles),
+        rows.starts, rows.lengths, rows.tables, rows.firsts, num_rows, programs, rows.tables.stride(0), q.stride(0),
+        scale, value_scale, ahead, ahead_bytes, **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys,
+        AT_A_TIME=AT_A_TIME[num_rows > AT_A_TIME[0]], THREADS=32 * one.num_warps, FETCH=fetch, num_warps=one.num_warps,
+        num_stages=one.num_stages,
     )  # fmt: skip
     return output
-
-
-# By device, the largest last. Smaller ones stay: a CUDA graph may use them.
-_COUNTERS: dict[torch.device, list[Tensor]] = {}
-
-
-def _arrived(device: torch.device, size: int) -> Tensor:
-    """At least so many counters, which are zeros between two kernels. All kernels of a device share them.
-
-    So attention must not run on two streams of a device at a time. Whoever captures a graph has run what it captures
-    before, as for compilation, so that no counters are made, and set to zero, as a part of the graph.
-    """
-    counters = _COUNTERS.setdefault(device, [])
-    if not counters or len(counters[-1]) < size:
-        counters.append(torch.zeros(max(4096, size), dtype=torch.int32, device=device))
-    return counters[-1]

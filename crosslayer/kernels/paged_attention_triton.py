@@ -2,8 +2,9 @@
 
 The H/G query heads that share a key are rows of one matrix, so that with one key head a single query fills a tensor
 core's 16 rows, and a key is read once for all of them. Rows with one query, whose time is the reading of their keys,
-are split along the keys over many programs, the last of which puts the parts together. The other rows are cut into
-tiles of queries. A batch with both kinds takes both paths.
+are split along the keys into parts of about the same size, a program for each, whatever the lengths of the rows; the
+program of a row that is done last puts its parts together. The other rows are cut into tiles of queries. A batch with
+both kinds takes both paths.
 
 In the kernels a row's keys are counted from the first block it still has.
 """
@@ -154,10 +155,8 @@ def _fetch(
 
 
 @triton.jit
-def _read_ahead(ahead, ahead_bytes, THREADS: tl.constexpr):
-    """Bring so many bytes from `ahead` on into the L2 cache; all programs share them, and none waits for any."""
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+def _read_ahead(ahead, ahead_bytes, program, programs, THREADS: tl.constexpr):
+    """Bring a program's share of so many bytes from `ahead` on into the L2 cache, without waiting for any."""
     lines = ahead_bytes // 128
     for first in range(program * THREADS, lines, programs * THREADS):
         line = tl.minimum(first + tl.arange(0, THREADS), lines - 1)
@@ -171,40 +170,81 @@ def _prefetch(addresses):
 
 
 @triton.jit
+def _keys_of(rows, starts, lengths, firsts, num_rows, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """How many keys rows of one query see, counted from a row's first block: the first of them, and the end. And which
+    of the rows there are."""
+    there = rows < num_rows
+    start = tl.load(starts + rows, mask=there, other=0)
+    single = there & (tl.load(starts + rows + 1, mask=there, other=0) - start == 1)
+    length = tl.load(lengths + rows, mask=single, other=0)
+    end = tl.maximum(length - tl.load(firsts + rows, mask=single, other=0) * BLOCK_SIZE, 0)
+    begin = tl.maximum(end - WINDOW, 0) if WINDOW else tl.zeros_like(end)
+    return begin, end, single
+
+
+@triton.jit
+def _share_out(
+    program, programs, starts, lengths, firsts, num_rows,
+    WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, AT_A_TIME: tl.constexpr,
+):  # fmt: skip
+    """The row of one query that a program works for (`num_rows` or more if none), and the first program that does.
+
+    Every program gets about as many keys as if all keys were shared out evenly among `programs`, in whole tiles, and
+    none has keys of two rows. So there are at most as many more programs as rows.
+    """
+    total = 0
+    for some in range(0, num_rows, AT_A_TIME):
+        begin, end, _ = _keys_of(some + tl.arange(0, AT_A_TIME), starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE)
+        total += tl.sum(end - begin, 0)
+    part = tl.maximum(tl.cdiv(tl.cdiv(total, programs), TILE_KEYS), 1) * TILE_KEYS
+    row, first, before = 0, 0, 0
+    for some in range(0, num_rows, AT_A_TIME):
+        begin, end, single = _keys_of(
+            some + tl.arange(0, AT_A_TIME), starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE
+        )
+        used = tl.where(single, tl.maximum(tl.cdiv(end - begin, part), 1), 0)
+        ends = before + tl.cumsum(used, 0)
+        row += tl.sum((ends <= program).to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(ends <= program, ends, 0), 0))
+        before += tl.sum(used, 0)
+    return row, first, part
+
+
+@triton.jit
 def _combine(
     partial_scores, partial_sums, used, place, heads, mine, inside, HEADS: tl.constexpr, DIM: tl.constexpr,
     AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
-    """The total and the sums, as `_attend` has them, of the first `used` splits of a row together.
+    """The total and the sums, as `_attend` has them, of the first `used` parts of a row together.
 
-    A split's score is that of a single key that would count as much as all of its own, its sums are their mean value.
+    A part's score is that of a single key that would count as much as all of its own, its sums are their mean value.
     """
     top = tl.full(heads.shape, UNSEEN, tl.float32)
     total = tl.zeros(heads.shape, tl.float32)
     sums = tl.zeros(place.shape, tl.float32)
     for first in tl.range(0, used, AT_A_TIME):
         for offset in tl.static_range(AT_A_TIME):  # loads that do not wait for each other
-            split = first + offset
+            part = first + offset
             # Another processor has written them: not what may lie in this one's own cache.
-            score = tl.load(partial_scores + split * HEADS + heads, mask=mine & (split < used), other=UNSEEN,
+            score = tl.load(partial_scores + part * HEADS + heads, mask=mine & (part < used), other=UNSEEN,
                             cache_modifier=".cg")  # fmt: skip
-            part = tl.load(partial_sums + split * HEADS * DIM + place, mask=inside & (split < used), other=0.0,
-                           cache_modifier=".cg")  # fmt: skip
+            value = tl.load(partial_sums + part * HEADS * DIM + place, mask=inside & (part < used), other=0.0,
+                            cache_modifier=".cg")  # fmt: skip
             higher = tl.maximum(top, score)
             weight, shrink = tl.exp2(score - higher), tl.exp2(top - higher)
             total = total * shrink + weight
-            sums = sums * shrink[:, None] + part * weight[:, None]
+            sums = sums * shrink[:, None] + value * weight[:, None]
             top = higher
     return total, sums
 
 
-@triton.jit(do_not_specialize=VARYING[1:], do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=ANYWHERE)
 def one_query_kernel(
-    q, keys, values, output, partial_sums, partial_scores, arrived, starts, lengths, tables, firsts, table_stride,
-    q_stride, scale, value_scale, ahead, ahead_bytes,
+    q, keys, values, output, partial_sums, partial_scores, arrived, starts, lengths, tables, firsts, num_rows, programs,
+    table_stride, q_stride, scale, value_scale, ahead, ahead_bytes,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    THREADS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
+    AT_A_TIME: tl.constexpr, THREADS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some keys of a row of one query, with the heads of one key head. Other rows are left out.
 
@@ -213,17 +253,20 @@ def one_query_kernel(
     """
     let_next_begin(PDL)
     SHARE: tl.constexpr = HEADS // GROUPS
-    row, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program, group = tl.program_id(0), tl.program_id(1)
+    row, first, part = _share_out(
+        program, programs, starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE, TILE_KEYS, AT_A_TIME
+    )
+    if row >= num_rows:
+        return
     token = tl.load(starts + row).to(tl.int64)
-    if tl.load(starts + row + 1) - token != 1:
+    begin, end, _ = _keys_of(row, starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE)
+    # All parts of a row alike, which may save one. There is one also of a row of length 0, and writes its output.
+    part = tl.cdiv(tl.cdiv(end - begin, tl.maximum(tl.cdiv(end - begin, part), 1)), TILE_KEYS) * TILE_KEYS
+    used = tl.maximum(tl.cdiv(end - begin, tl.maximum(part, 1)), 1)
+    if program - first >= used:
         return
-    end = tl.maximum(tl.load(lengths + row) - tl.load(firsts + row) * BLOCK_SIZE, 0)
-    begin = tl.maximum(end - WINDOW, 0) if WINDOW else 0
-    part = tl.maximum(tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), SPLITS), 1) * TILE_KEYS
-    used = tl.maximum(tl.cdiv(end - begin, part), 1)
-    if split >= used:  # the first part is there also of a row of length 0, and waits
-        return
-    begin += split * part
+    begin += (program - first) * part
     last = tl.minimum(begin + part, end)
     table = tables + tl.cast(row, tl.int64) * table_stride
     if FETCH:  # while the kernels before still make the query and the newest key
@@ -245,18 +288,18 @@ def one_query_kernel(
         group, scale, True, 0, GROUPS, DIM, BLOCK_SIZE, TILE_KEYS,
     )  # fmt: skip
     if ahead is not None:  # now that there are no more keys to read
-        _read_ahead(ahead, ahead_bytes, THREADS)
+        _read_ahead(ahead, ahead_bytes, group * programs + program, programs * GROUPS, THREADS)
     to = output + token * (HEADS * DIM) + place
     if used == 1:
         result = sums * tl.where(total > 0, value_scale / total, 0.0)[:, None]
         tl.store(to, result.to(output.dtype.element_ty), mask=inside)
     else:
-        partial_sums += tl.cast(row, tl.int64) * (SPLITS * HEADS * DIM)
-        partial_scores += tl.cast(row, tl.int64) * (SPLITS * HEADS)
-        tl.store(partial_sums + split * HEADS * DIM + place, sums / total[:, None], mask=inside)
-        tl.store(partial_scores + split * HEADS + heads, top + tl.log2(total), mask=mine)
+        tl.store(partial_sums + program.to(tl.int64) * (HEADS * DIM) + place, sums / total[:, None], mask=inside)
+        tl.store(partial_scores + program * HEADS + heads, top + tl.log2(total), mask=mine)
         tl.debug_barrier()  # what all threads have written is there before one of them says so
         if tl.atomic_add(arrived + row * GROUPS + group, 1, sem="acq_rel") == used - 1:
             tl.store(arrived + row * GROUPS + group, 0)
+            partial_sums += first.to(tl.int64) * (HEADS * DIM)
+            partial_scores += first * HEADS
             total, sums = _combine(partial_scores, partial_sums, used, place, heads, mine, inside, HEADS, DIM, 4)
             tl.store(to, (sums * (value_scale / total)[:, None]).to(output.dtype.element_ty), mask=inside)

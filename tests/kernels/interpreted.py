@@ -11,7 +11,15 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from crosslayer.kernels import cross_entropy, few_rows_launch, paged_attention, rope_store, swiglu
+from crosslayer.kernels import (
+    cross_entropy,
+    few_rows_launch,
+    paged_attention,
+    paged_attention_launch,
+    rope_store,
+    some_rows_launch,
+    swiglu,
+)
 from crosslayer.kernels.cross_entropy_triton import launch_cross_entropy
 from crosslayer.kernels.paged_attention_launch import Tiles, launch_paged_attention
 from crosslayer.kernels.rope_store_triton import launch_rope_store
@@ -43,13 +51,23 @@ def _numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", test_paged_attention.CASES.values(), ids=test_paged_attention.CASES)
-# With 8 splits, some are left without keys.
-@pytest.mark.parametrize("splits", [1, 2, 8])
-def test_paged_attention_kernels(case: test_paged_attention.Case, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = partial(launch_paged_attention, **TILES, splits=splits)
+@pytest.mark.parametrize("programs", [1, 7, 100])
+def test_paged_attention_kernels(
+    case: test_paged_attention.Case, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = partial(launch_paged_attention, **TILES, programs=programs)
     monkeypatch.setattr(paged_attention, "paged_attention_in_pytorch", kernels)
-    pool_dtype = FP8 if splits == 8 else torch.float32
+    pool_dtype = FP8 if programs == 7 else torch.float32
     test_paged_attention.check(case, "cpu", torch.float32, pool_dtype, 1e-6)
+
+
+def test_paged_attention_of_more_rows_than_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention_launch, "AT_A_TIME", (2, 8))
+    kernels = partial(launch_paged_attention, **TILES, programs=20)
+    monkeypatch.setattr(paged_attention, "paged_attention_in_pytorch", kernels)
+    rows = tuple((2 if row % 5 == 4 else 1, 2 + row * 7 % 13 + 60 * (row == 20), 0) for row in range(27))
+    case = test_paged_attention.Case(rows, heads=1, groups=1, dim=4)
+    test_paged_attention.check(case, "cpu", torch.float32, torch.float32, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["single", "mixed"])
@@ -89,6 +107,16 @@ def test_few_rows_kernels(dtype: torch.dtype, n: int) -> None:
             test_few_rows.check_rope_store(few_rows_launch, draw, n, shape)
     for size in test_few_rows.SIZES:
         test_few_rows.check_products(few_rows_launch, draw, n, *size)
+
+
+@pytest.mark.parametrize("n", [3, 19])
+def test_some_rows_kernels(n: int) -> None:
+    draw = test_few_rows.Draw("cpu", torch.float16)
+    for shape in test_few_rows.HEADS:
+        if shape.pool_dtype != FP8:
+            test_few_rows.check_rope_store(some_rows_launch, draw, n, shape)
+    for size in test_few_rows.SIZES + test_few_rows.LARGER:
+        test_few_rows.check_products(some_rows_launch, draw, n, *size)
 
 
 @pytest.mark.parametrize("vocab_size", [7, 4096, 4097])
