@@ -30,10 +30,11 @@ from crosslayer.engine.runner import Runner
 from crosslayer.engine.transfer import pack, unpack
 from crosslayer.environment import describe_environment
 from crosslayer.files import read_json, write_json
+from crosslayer.kernels import project
 from crosslayer.plan import ModelConfig, parse_design, preset
 
 DESIGNS = ("H128-MQA", "H128-MQA-CLA2")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 4, 8, 16, 32, 48, 64, 128, 256, 512)
 LENGTH = 640
 
 Row = dict[str, Any]
@@ -48,13 +49,13 @@ def without(part: str) -> AbstractContextManager[Any]:
     """Graphs captured in this context lack the part."""
     if part == "attention":
         return patch.object(prepared, "paged_attention", unattended)
+    if part == "fused products":  # those of three rows and more
+        return patch.object(project, "SOME_ROWS", project.FEW_ROWS)
+    assert part == "reading ahead"
     # Triton is there only where there is a GPU.
-    from crosslayer.kernels import dependent_launch_triton, paged_attention_launch
+    from crosslayer.kernels import paged_attention_launch
 
-    if part == "reading ahead":
-        return patch.object(paged_attention_launch, "READ_AHEAD", range(0))
-    assert part == "early launch"
-    return patch.object(dependent_launch_triton, "_can_overlap", lambda device: False)
+    return patch.object(paged_attention_launch, "READ_AHEAD", range(0))
 
 
 def runner_of(config: ModelConfig, rows: int, length: int, device: str) -> Runner:
@@ -135,7 +136,7 @@ def main() -> None:
         ceilings = Ceilings(copy_rate(), matmul_rate())
         results: dict[str, Any] = {"environment": describe_environment(), "ceilings": vars(ceilings), "rows": []}
         for design in DESIGNS:
-            parts = ("attention", "reading ahead", "early launch") if design == DESIGNS[0] else ()
+            parts = ("attention", "fused products", "reading ahead") if design == DESIGNS[0] else ()
             for row in measure(design, parse_design(design, preset("paper-1b")), ROWS, LENGTH, parts, "cuda"):
                 results["rows"].append(row)
                 write_json(arguments.out, results)

@@ -74,7 +74,7 @@ class Mix:
 
 
 MIXES = (
-    Mix("long prompts, short answers", "8192:16384", "256", 16640, counted=12.0),
+    Mix("long prompts, short answers", "8192:16384", "256", 16640, counted=10.0),
     Mix("shorter prompts, long answers", "2048:4096", "1024:2048", 6144, counted=8.0),
 )
 
@@ -87,7 +87,7 @@ class Settings:
     pools: tuple[int, ...]
     loaded: int
     mixes: tuple[Mix, ...] = MIXES
-    shares: tuple[float, ...] = (0.6, 0.9, 1.2)
+    shares: tuple[float, ...] = (0.9, 1.2)
     settle: float = 1.0
     load: float = 12.0
     max_running: int = 1024

@@ -14,10 +14,8 @@ from crosslayer.kernels.dependent_launch_triton import dependent_launch
 from crosslayer.kernels.paged_attention import AttentionRows
 from crosslayer.kernels.paged_attention_triton import many_queries_kernel, one_query_kernel
 
-# Rows of one query are split for about so many programs, almost one for each of an H100's processors.
-PROGRAMS = 128
-# Each finds its row among all, so many at a time: of a few rows these, of more those.
-AT_A_TIME = (16, 512)
+# A program for a row of one query finds its row among all, looking at so many at a time: the first that is enough.
+AT_A_TIME = (16, 128, 512)
 # Of up to so many rows times key heads, the first keys are brought into the L2 cache ahead of time; more are in each
 # other's way.
 FETCHED = 16
@@ -45,20 +43,26 @@ def tiles_of_many(share: int, padded: int, dtype: torch.dtype) -> Tiles:
     return Tiles(max(128, least), 64, 8, 3)
 
 
-def tiles_of_one(num_tiles: int, share: int, padded: int, dtype: torch.dtype, *, fp8: bool = False) -> Tiles:
+# How rows of one query are cut: up to so many of them times key heads, keys at a time, warps, stages, and about how
+# many programs. The best of some on an H100, which has 132 processors: with up to 16 rows one program fills a
+# processor; with more, there must be room for several, as lengths differ.
+ONE_QUERY = ((4, 64, 8, 2, 128), (16, 128, 8, 3, 128), (64, 64, 8, 4, 192))
+
+
+def tiles_of_one(
+    num_tiles: int, share: int, padded: int, dtype: torch.dtype, *, fp8: bool = False
+) -> tuple[Tiles, int]:
     """For rows of one query, `num_tiles` of them times key heads: enough keys under way at a time to hide how far it is
-    to memory."""
+    to memory. And for about how many programs the keys are shared out."""
     rows, key_bytes = max(16, next_power_of_2(share)), padded * dtype.itemsize
     if rows > 32 or key_bytes > 512:
-        return Tiles(rows, 64 if key_bytes <= 256 else 32, 8, 2)
+        return Tiles(rows, 64 if key_bytes <= 256 else 32, 8, 2), 128
     if key_bytes > 256:
-        return Tiles(rows, 32, 4, 3)
-    # The best of those that benchmarks/attention_kernels.py tries on an H100.
-    if num_tiles <= 4:
-        return Tiles(rows, 64, 8, 2)
-    if num_tiles <= 128:
-        return Tiles(rows, 128, 8, 3)
-    return Tiles(rows, 128, 4, 2) if fp8 else Tiles(rows, 32, 4, 4)
+        return Tiles(rows, 32, 4, 3), 128
+    for most, keys, num_warps, num_stages, programs in ONE_QUERY:
+        if num_tiles <= most:
+            return Tiles(rows, keys, num_warps, num_stages), programs
+    return (Tiles(rows, 128, 4, 2), 512) if fp8 else (Tiles(rows, 32, 4, 4), 256)
 
 
 def launch_paged_attention(
@@ -73,7 +77,7 @@ def launch_paged_attention(
     *,
     many: Tiles | None = None,
     one: Tiles | None = None,
-    programs: int = PROGRAMS,
+    programs: int | None = None,
 ) -> Tensor:
     """`paged_attention` cut in other ways than the usual, where given."""
     num_queries, heads, dim = q.shape
@@ -98,8 +102,8 @@ def launch_paged_attention(
         if num_queries == num_rows * rows.most_queries:
             return output
     num_tiles = num_rows * groups
-    one = one or tiles_of_one(num_tiles, share, padded, q.dtype, fp8=keys.dtype.itemsize == 1)
-    programs = max(1, programs // groups)
+    usual = tiles_of_one(num_tiles, share, padded, q.dtype, fp8=keys.dtype.itemsize == 1)
+    one, programs = one or usual[0], max(1, (programs or usual[1]) // groups)
     # One more for every row, as none works for two; but never more than there can be tiles.
     most = min(programs + num_rows, num_rows * -(-rows.tables.shape[1] * block_size // one.keys))
     sums = torch.empty(most * heads * dim, dtype=torch.float32, device=q.device)
@@ -110,11 +114,12 @@ def launch_paged_attention(
     ahead_bytes = 0 if ahead is None else min(AHEAD_BYTES, ahead.nbytes)
     # Where no row has one query, no program waits. Then the kernel must not begin early, nor end before the one above.
     common["launch_pdl"] &= rows.most_queries == 1
+    at_a_time = next((number for number in AT_A_TIME if number >= num_rows), AT_A_TIME[-1])
     one_query_kernel[(most, groups)](
         q, keys, values, output, sums, scores, counters(q.device, num_tiles),
         rows.starts, rows.lengths, rows.tables, rows.firsts, num_rows, programs, rows.tables.stride(0), q.stride(0),
         scale, value_scale, ahead, ahead_bytes, **common, GROUPS=groups, TILE_ROWS=one.rows, TILE_KEYS=one.keys,
-        AT_A_TIME=AT_A_TIME[num_rows > AT_A_TIME[0]], THREADS=32 * one.num_warps, FETCH=fetch, num_warps=one.num_warps,
-        num_stages=one.num_stages,
+        AT_A_TIME=at_a_time, ALL_AT_ONCE=num_rows <= at_a_time, THREADS=32 * one.num_warps, FETCH=fetch,
+        num_warps=one.num_warps, num_stages=one.num_stages,
     )  # fmt: skip
     return output

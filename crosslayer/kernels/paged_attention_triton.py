@@ -186,28 +186,41 @@ def _keys_of(rows, starts, lengths, firsts, num_rows, WINDOW: tl.constexpr, BLOC
 def _share_out(
     program, programs, starts, lengths, firsts, num_rows,
     WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, AT_A_TIME: tl.constexpr,
+    ALL_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The row of one query that a program works for (`num_rows` or more if none), and the first program that does.
+    """The row of one query that a program works for (`num_rows` or more if none), the first program that does, and how
+    many keys each of them gets at most.
 
-    Every program gets about as many keys as if all keys were shared out evenly among `programs`, in whole tiles, and
-    none has keys of two rows. So there are at most as many more programs as rows.
+    That is about as many as if all keys were shared out evenly among `programs`, in whole tiles, but that none has keys
+    of two rows. So there are at most as many more programs as rows.
     """
-    total = 0
-    for some in range(0, num_rows, AT_A_TIME):
-        begin, end, _ = _keys_of(some + tl.arange(0, AT_A_TIME), starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE)
-        total += tl.sum(end - begin, 0)
+    rows = tl.arange(0, AT_A_TIME)
+    begin, end, single = _keys_of(rows, starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE)
+    total = tl.sum(end - begin, 0)
+    if not ALL_AT_ONCE:
+        for some in range(AT_A_TIME, num_rows, AT_A_TIME):
+            later_begin, later_end, _ = _keys_of(some + rows, starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE)
+            total += tl.sum(later_end - later_begin, 0)
     part = tl.maximum(tl.cdiv(tl.cdiv(total, programs), TILE_KEYS), 1) * TILE_KEYS
-    row, first, before = 0, 0, 0
-    for some in range(0, num_rows, AT_A_TIME):
-        begin, end, single = _keys_of(
-            some + tl.arange(0, AT_A_TIME), starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE
-        )
-        used = tl.where(single, tl.maximum(tl.cdiv(end - begin, part), 1), 0)
-        ends = before + tl.cumsum(used, 0)
-        row += tl.sum((ends <= program).to(tl.int32), 0)
-        first = tl.maximum(first, tl.max(tl.where(ends <= program, ends, 0), 0))
-        before += tl.sum(used, 0)
-    return row, first, part
+    last, used = _last_before(program, part, rows, begin, end, single, 0)
+    if not ALL_AT_ONCE:
+        for some in range(AT_A_TIME, num_rows, AT_A_TIME):
+            later_begin, later_end, later_single = _keys_of(
+                some + rows, starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE
+            )
+            later, more = _last_before(program, part, some + rows, later_begin, later_end, later_single, used)
+            last, used = tl.maximum(last, later), used + more
+    return (last & 0xFFFFFFFF).to(tl.int32), (last >> 32).to(tl.int32), part
+
+
+@triton.jit
+def _last_before(program, part, rows, begin, end, single, before):
+    """Of these rows the last that needs no program from `program` on: its number plus one, and above 32 bits how many
+    programs there are up to it; `before` are those of other rows. And how many these rows need."""
+    used = tl.where(single, tl.maximum(tl.cdiv(end - begin, part), 1), 0)
+    ends = before + tl.cumsum(used, 0)
+    ended = tl.where(ends <= program, (ends.to(tl.int64) << 32) + rows + 1, 0)
+    return tl.max(ended, 0), tl.sum(used, 0)
 
 
 @triton.jit
@@ -244,7 +257,7 @@ def one_query_kernel(
     table_stride, q_stride, scale, value_scale, ahead, ahead_bytes,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
-    AT_A_TIME: tl.constexpr, THREADS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+    AT_A_TIME: tl.constexpr, ALL_AT_ONCE: tl.constexpr, THREADS: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some keys of a row of one query, with the heads of one key head. Other rows are left out.
 
@@ -255,7 +268,7 @@ def one_query_kernel(
     SHARE: tl.constexpr = HEADS // GROUPS
     program, group = tl.program_id(0), tl.program_id(1)
     row, first, part = _share_out(
-        program, programs, starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE, TILE_KEYS, AT_A_TIME
+        program, programs, starts, lengths, firsts, num_rows, WINDOW, BLOCK_SIZE, TILE_KEYS, AT_A_TIME, ALL_AT_ONCE
     )
     if row >= num_rows:
         return

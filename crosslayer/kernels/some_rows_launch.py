@@ -1,6 +1,6 @@
 """How the Triton kernels of `project` for some rows are cut and launched.
 
-The functions are those of the same names in `project`, for x [N, K] of at most `MOST_ROWS` rows in bfloat16 or float16.
+The functions are those of the same names in `project`, for x [N, K] of at most 64 rows in bfloat16 or float16.
 Sums are float32, and rounded once.
 """
 
@@ -18,8 +18,6 @@ from crosslayer.kernels.counters import counters
 from crosslayer.kernels.dependent_launch_triton import dependent_launch
 from crosslayer.kernels.rope_store_triton import limit_of
 from crosslayer.kernels.some_rows_triton import add_kernel, rope_store_kernel, swiglu_kernel
-
-MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -45,25 +43,21 @@ class Cut:
 
 @dataclass(frozen=True)
 class Cuts:
-    """The best cuts found on an H100 for some number of tokens."""
+    """How each kernel is cut for up to so many tokens."""
 
+    most_tokens: int
     rope_store: Cut
     swiglu: Cut
     add: Cut
     long_add: Cut  # where x is wider than 4096
 
 
-FEWER = Cuts(
-    rope_store=Cut(64, 128, 4, 3, 144, 256),
-    swiglu=Cut(64, 128, 4, 3, 171, 256),
-    add=Cut(64, 128, 8, 3, 128, 512),
-    long_add=Cut(64, 128, 4, 5, 128, 256),
-)
-MORE = Cuts(
-    rope_store=Cut(64, 128, 4, 4, 108, 256),
-    swiglu=Cut(64, 128, 4, 4, 171, 0),
-    add=Cut(64, 128, 8, 3, 128, 512),
-    long_add=Cut(64, 128, 4, 3, 128, 256),
+# The best found on an H100, in the engine's decode step. Where nothing is held, two programs share a processor.
+ADD = Cut(64, 128, 8, 3, 128, 512)
+CUTS = (
+    Cuts(16, Cut(64, 128, 4, 3, 144, 256), Cut(64, 128, 4, 3, 171, 256), ADD, Cut(64, 128, 4, 5, 128, 256)),
+    Cuts(32, Cut(64, 128, 4, 4, 108, 256), Cut(64, 128, 4, 4, 171, 0), ADD, Cut(64, 128, 4, 4, 128, 256)),
+    Cuts(64, Cut(64, 128, 4, 4, 108, 256), Cut(64, 64, 4, 5, 171, 128), ADD, Cut(64, 128, 4, 4, 128, 256)),
 )
 
 
@@ -74,7 +68,7 @@ def are_fast_on(device: torch.device) -> bool:
 
 
 def cuts_for(tokens: int) -> Cuts:
-    return FEWER if tokens <= 16 else MORE
+    return next(cuts for cuts in CUTS if tokens <= cuts.most_tokens)
 
 
 def project_rope_store(
@@ -110,7 +104,6 @@ def project_add(x: Tensor, weight: Tensor, residual: Tensor, *, cut: Cut | None 
 def _launch(x: Tensor, weight: Tensor, cut: Cut) -> tuple[tuple[int, int], tuple[Tensor, Tensor], dict[str, Any]]:
     """The grid, room for parts and counters of them, and what kernels and Triton want to know besides."""
     count, columns = x.shape
-    assert count <= MOST_ROWS
     tiles, tokens = cdiv(len(weight), cut.rows), max(16, next_power_of_2(count))
     splits = cut.splits(tiles, columns)
     size = tiles * splits * (cut.rows + 1) * tokens if splits > 1 else 0

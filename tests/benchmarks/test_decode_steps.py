@@ -43,7 +43,7 @@ def test_the_least_time_of_a_step_and_the_table() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("part", ["attention", "reading ahead", "early launch"])
+@pytest.mark.parametrize("part", ["attention", "fused products", "reading ahead"])
 def test_parts_can_be_left_out_of_a_graph(part: str) -> None:
     (whole, less) = measure("cla2", tiny_config("cla2"), (8,), 20, (part,), "cuda")
     assert (whole["without"], less["without"]) == (None, part)

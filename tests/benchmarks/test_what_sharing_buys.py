@@ -46,7 +46,7 @@ def test_a_pool_is_filled_with_sequences_that_cost_nothing() -> None:
     busy.fill()
     assert not engine.scheduler.waiting
     running = list(engine.scheduler.running)
-    assert len(running) >= 7
+    assert len(running) >= 6  # and a free block for each
     assert all(sequence.num_prefix == len(sequence.request.prompt) - 1 for sequence in running)
     while not (later := [sequence for sequence in engine.scheduler.running if sequence not in running]):
         busy.saturated(0.01)

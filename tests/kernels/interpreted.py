@@ -62,7 +62,7 @@ def test_paged_attention_kernels(
 
 
 def test_paged_attention_of_more_rows_than_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_attention_launch, "AT_A_TIME", (2, 8))
+    monkeypatch.setattr(paged_attention_launch, "AT_A_TIME", (8,))
     kernels = partial(launch_paged_attention, **TILES, programs=20)
     monkeypatch.setattr(paged_attention, "paged_attention_in_pytorch", kernels)
     rows = tuple((2 if row % 5 == 4 else 1, 2 + row * 7 % 13 + 60 * (row == 20), 0) for row in range(27))

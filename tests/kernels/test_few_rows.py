@@ -79,8 +79,11 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def sum_error(module: ModuleType, dtype: torch.dtype) -> float:
-    """Of a sum made in float32, relative to a typical one; `project` may also round it to x's dtype on the way."""
+    """Of a sum made in float32, relative to a typical one; `project` may also round it to x's dtype on the way, and
+    tensor cores cut off what they cannot keep, always towards zero, so that errors add up."""
     error = 50 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    if module.__name__.endswith("some_rows_launch"):
+        error *= 6
     return max(error, 8 * torch.finfo(dtype).eps) if module is project else error
 
 
