@@ -51,7 +51,7 @@ def test_a_pool_is_filled_with_sequences_that_cost_nothing() -> None:
     while not (later := [sequence for sequence in engine.scheduler.running if sequence not in running]):
         busy.saturated(0.01)
     assert all(sequence.num_prefix == 0 for sequence in later)
-    assert engine.cache_bytes_used > 0.7 * engine.runner.cache.nbytes
+    assert engine.cache_bytes_used > 0.5 * engine.runner.cache.nbytes
     busy.stop()
     assert not engine.has_work
     assert engine.cache_bytes_used == 0
