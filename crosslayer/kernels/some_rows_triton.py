@@ -110,21 +110,22 @@ def _multiply(
     begin, end = split * STEPS // SPLITS * BLOCK, (split + 1) * STEPS // SPLITS * BLOCK
     weight += row.to(tl.int64)[:, None] * K
     token = tl.arange(0, TOKENS)
-    x += tl.minimum(token, count - 1).to(tl.int64)[:, None] * K
+    x += token.to(tl.int64)[:, None] * K
+    there = token[:, None] < count
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     squares = tl.zeros((TOKENS, BLOCK // 8), tl.float32)
     if HELD:
-        held = _load_tile(weight, begin, HELD, K % BLOCK != 0, K, "evict_first")
+        held = _load_weight(weight, begin, HELD, K % BLOCK != 0, K)
     wait_for_previous(PDL)
     if HELD:
-        wide = _load_tile(x, begin, HELD, K % BLOCK != 0, K, "")
+        wide = _load_tokens(x, there, begin, HELD, K % BLOCK != 0, K)
         total = tl.dot(held, tl.trans(wide), total)
         if SQUARES:
             squares += tl.sum(tl.reshape(_squares(wide), (TOKENS, HELD // BLOCK, BLOCK // 8)), 1)
     if HELD * SPLITS < STEPS * BLOCK:
         for first in tl.range(begin + HELD, end, BLOCK):
-            w = _load_tile(weight, first, BLOCK, K % BLOCK != 0, K, "evict_first")
-            some = _load_tile(x, first, BLOCK, K % BLOCK != 0, K, "")
+            w = _load_weight(weight, first, BLOCK, K % BLOCK != 0, K)
+            some = _load_tokens(x, there, first, BLOCK, K % BLOCK != 0, K)
             total = tl.dot(w, tl.trans(some), total)
             if SQUARES:
                 squares += _squares(some)
@@ -152,12 +153,21 @@ def _multiply(
 
 
 @triton.jit
-def _load_tile(rows, first, COLUMNS: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr, EVICT: tl.constexpr):
+def _load_weight(rows, first, COLUMNS: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr):
     """Columns `first` and on of the rows that pointers [ROWS, 1] begin, zeros beyond K."""
     column = first + tl.arange(0, COLUMNS)[None, :]
     if not MASKED:
-        return tl.load(rows + column, eviction_policy=EVICT)
-    return tl.load(rows + column, mask=column < K, other=0.0, eviction_policy=EVICT)
+        return tl.load(rows + column, eviction_policy="evict_first")
+    return tl.load(rows + column, mask=column < K, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_tokens(rows, there, first, COLUMNS: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr):
+    """The same of tokens, and zeros where there are none: any token instead would be read by all programs at once."""
+    column = first + tl.arange(0, COLUMNS)[None, :]
+    if MASKED:
+        there = there & (column < K)
+    return tl.load(rows + column, mask=there, other=0.0)
 
 
 @triton.jit
