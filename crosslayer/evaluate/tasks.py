@@ -92,11 +92,12 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     """Continuations given their contexts, (context, continuation) each. Both are cut into tokens as one text, so that
     the boundary is as in running text; without a context the continuation follows the end-of-text token."""
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
-    contexts = tokenizer.encode_batch([context for context, _ in pairs])
+    contexts = list(dict.fromkeys(context for context, _ in pairs))  # choices share theirs
+    lengths = dict(zip(contexts, map(len, tokenizer.encode_batch(contexts)), strict=True))
     return [
         # A token that reaches over the boundary would be the continuation's first.
-        Request(whole, min(len(context), len(whole) - 1)) if context else Request([tokenizer.eos_id, *whole], 1)
-        for whole, context in zip(wholes, contexts, strict=True)
+        Request(whole, min(lengths[context], len(whole) - 1)) if context else Request([tokenizer.eos_id, *whole], 1)
+        for whole, (context, _) in zip(wholes, pairs, strict=True)
     ]
 
 
