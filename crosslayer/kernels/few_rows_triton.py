@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from crosslayer.kernels.dependent_launch_triton import let_next_begin, wait_for_previous
-from crosslayer.kernels.rope_store_triton import store_pair
+from crosslayer.kernels.rope_store_triton import store_new, store_pair
 
 
 @triton.jit
@@ -45,15 +45,10 @@ def rope_store_kernel(
         s = tl.where(turns, s, 0.0)
         first, second = first * c - second * s, second * c + first * s
         store_pair(q + (n * HEADS + head) * DIM + i, first, second, exists & (head < HEADS), HALF, None)
-        stored = exists & (place >= 0)
-        if keys is not None:
-            to = keys + (place * GROUPS + head - HEADS) * DIM + i
-            mine = stored & (head >= HEADS) & (head < HEADS + GROUPS)
-            store_pair(to, first / key_scale, second / key_scale, mine, HALF, KEY_LIMIT)
-        if values is not None:
-            to = values + (place * GROUPS + head - FIRST_VALUE) * DIM + i
-            mine = stored & (head >= FIRST_VALUE)
-            store_pair(to, first / value_scale, second / value_scale, mine, HALF, VALUE_LIMIT)
+        store_new(
+            first, second, head, i, place, exists, keys, values, key_scale, value_scale,
+            HEADS, GROUPS, DIM, KEY_LIMIT, VALUE_LIMIT,
+        )  # fmt: skip
 
 
 @triton.jit

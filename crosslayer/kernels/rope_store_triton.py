@@ -53,6 +53,24 @@ def store_pair(to, first, second, mask, HALF: tl.constexpr, LIMIT: tl.constexpr)
 
 
 @triton.jit
+def store_new(
+    first, second, head, i, place, exists, keys, values, key_scale, value_scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, KEY_LIMIT: tl.constexpr, VALUE_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Components i and i + DIM / 2 of those of a projection's heads that are keys or values, to their places."""
+    FIRST_VALUE: tl.constexpr = HEADS if keys is None else HEADS + GROUPS
+    stored = exists & (place >= 0)
+    if keys is not None:
+        to = keys + (place * GROUPS + head - HEADS) * DIM + i
+        mine = stored & (head >= HEADS) & (head < HEADS + GROUPS)
+        store_pair(to, first / key_scale, second / key_scale, mine, DIM // 2, KEY_LIMIT)
+    if values is not None:
+        to = values + (place * GROUPS + head - FIRST_VALUE) * DIM + i
+        mine = stored & (head >= FIRST_VALUE)
+        store_pair(to, first / value_scale, second / value_scale, mine, DIM // 2, VALUE_LIMIT)
+
+
+@triton.jit
 def _store(first, second, pool, place, scale, inside, HEADS: tl.constexpr, DIM: tl.constexpr, LIMIT: tl.constexpr):
     heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
     pairs = tl.arange(0, triton.next_power_of_2(DIM // 2))[None, :]

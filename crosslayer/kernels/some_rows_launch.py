@@ -75,10 +75,9 @@ def project_rope_store(
     x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, *,
     head_dim: int, num_heads: int, num_kv_heads: int, bias: Tensor | None,
     keys: Tensor | None, values: Tensor | None, places: Tensor, key_scale: float, value_scale: float,
-    cut: Cut | None = None,
 ) -> Tensor:  # fmt: skip
     q = x.new_empty(len(x), num_heads, head_dim)
-    grid, room, options = _launch(x, weight, cut or cuts_for(len(x)).rope_store)
+    grid, room, options = _launch(x, weight, cuts_for(len(x)).rope_store)
     rope_store_kernel[grid](
         x, weight, bias, cos, sin, q, keys, values, places, *room, len(weight) // 2, len(x), eps, key_scale,
         value_scale, HEADS=num_heads, GROUPS=num_kv_heads, DIM=head_dim, KEY_LIMIT=limit_of(keys),
@@ -87,17 +86,17 @@ def project_rope_store(
     return q
 
 
-def project_swiglu(x: Tensor, weight: Tensor, eps: float, *, cut: Cut | None = None) -> Tensor:
+def project_swiglu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     size = len(weight) // 2
     output = x.new_empty(len(x), size)
-    grid, room, options = _launch(x, weight, cut or cuts_for(len(x)).swiglu)
+    grid, room, options = _launch(x, weight, cuts_for(len(x)).swiglu)
     swiglu_kernel[grid](x, weight, output, *room, size, len(x), eps, **options)
     return output
 
 
-def project_add(x: Tensor, weight: Tensor, residual: Tensor, *, cut: Cut | None = None) -> None:
+def project_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
     cuts = cuts_for(len(x))
-    grid, room, options = _launch(x, weight, cut or (cuts.add if x.shape[1] <= 4096 else cuts.long_add))
+    grid, room, options = _launch(x, weight, cuts.add if x.shape[1] <= 4096 else cuts.long_add)
     add_kernel[grid](x, weight, residual, *room, len(weight), len(x), **options)
 
 
