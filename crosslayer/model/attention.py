@@ -17,14 +17,20 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 Mask = Tensor | BlockMask | None
 
+# FlexAttention takes no smaller heads on a GPU.
+LEAST_FLEX_DIM = 16
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Softmax(q kᵀ / √D) v for q [B, H, T, D] and k, v [B, G, S, D], where G divides H; returns [B, H, T, D]."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        output: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
-        return output
+        size = q.shape[-1]
+        if size < LEAST_FLEX_DIM:  # zeros change no score, and what they add to the values is cut off
+            q, k, v = (pad(x, (0, LEAST_FLEX_DIM - size)) for x in (q, k, v))
+        output: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask, scale=size**-0.5, enable_gqa=grouped)
+        return output[..., :size]
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 

@@ -18,14 +18,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 PLANS = ("cla2", "mixattention:window=5,period=3", "0@6,1@6,1@4,0@6,4,4@3/0,1,0,1,4,4")
 
 
-def tiny_model(plan: str) -> Transformer:
-    return random_model(tiny_config(plan, head_dim=16))  # the smallest that FlexAttention takes
-
-
 @pytest.mark.parametrize("check", [reference, chunked_prefill, ragged_batch])
+@pytest.mark.parametrize("head_dim", [10, 16])  # 16 is the least that FlexAttention takes as it is
 @pytest.mark.parametrize("plan", PLANS)
-def test_inference(plan: str, check: type) -> None:
-    check(tiny_model(plan).cuda())
+def test_inference(plan: str, head_dim: int, check: type) -> None:
+    check(random_model(tiny_config(plan, head_dim=head_dim)).cuda())
 
 
 def packed_loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
@@ -42,7 +39,7 @@ def packed_loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Ten
 def test_training_on_packed_documents(plan: str, way: str) -> None:
     """Losses and gradients on the GPU are those on the CPU."""
     torch.compiler.reset()
-    model = tiny_model(plan)
+    model = random_model(tiny_config(plan))
     on_gpu = copy.deepcopy(model).cuda()
     on_gpu.model.activation_checkpointing = "block" if way == "checkpointed" else "none"
     if way == "compiled":
