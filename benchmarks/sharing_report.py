@@ -17,8 +17,11 @@ Point = dict[str, Any]
 
 def table(points: Sequence[Point]) -> str:
     """The points as Markdown."""
-    lines = ["| requests | pool | design | cache | running | tokens/s | time to first token at each rate, median |"]
-    lines.append("|---|---:|---|---|---:|---:|---|")
+    heads = ["requests", "pool", "design", "cache", "running", "begun, ended per second", "tokens/s"]
+    lines = [
+        f"| {' | '.join(heads)} | time to first token at each rate, median |",
+        "|---|---:|---|---|---:|---:|---:|---|",
+    ]
     for point in sorted(points, key=lambda point: (point["mix"], point["pool"])):
         loads = ", ".join(
             f"{'over ' * bool(load['waiting'])}{load['ttft_ms']['p50'] / 1000:.2f} s at {load['rate']:.1f}/s"
@@ -27,6 +30,8 @@ def table(points: Sequence[Point]) -> str:
         )
         dtype = point["cache_dtype"].replace("auto", "bf16")
         row = [point["mix"], format_bytes(point["pool"]), point["design"], dtype, f"{point['running']:.0f}"]
+        rates = [point.get(f"{what}_per_second") for what in ("begun", "ended")]  # earlier results lack them
+        row.append(", ".join(f"{rate:.1f}" for rate in rates if rate is not None))
         lines.append(f"| {' | '.join(row)} | {point['tokens_per_second']:,.0f} | {loads} |")
     return "\n".join(lines)
 

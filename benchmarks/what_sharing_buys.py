@@ -9,7 +9,9 @@ some sizes, for two kinds of requests: long prompts with short answers, and shor
 An engine is measured in the middle of its work. At the start its pool is filled with sequences at any stage of their
 answers, evenly spread, whose keys and values are taken to be there already: zeros are, and no speed depends on them.
 
-- Throughput: there are always requests waiting. After a while (`settle`), the tokens of some seconds are counted.
+- Throughput: there are always requests waiting. After a while (`settle`), the tokens of some seconds are counted; and
+  the requests that got their first and their last one. Where many more end than begin, the pool empties, and the
+  throughput is more than can last.
 - Time to first token: the pool is full, nobody waits, and requests come by chance (Poisson) at a rate, given as a share
   of what the unshared design with a bf16 cache managed with the same pool. Those of the second half of the time count.
   Whoever still waits for a token at the end counts with the time so far, which is less than it would be, and as
@@ -140,16 +142,23 @@ class Busy:
         for sequence in list(self.engine.scheduler.waiting):
             self.engine.abort(sequence.request.id)
 
-    def saturated(self, seconds: float) -> tuple[float, float]:
-        """Tokens per second and the mean number of sequences running, with requests waiting all the time."""
-        tokens, running, steps = 0, 0, 0
+    def saturated(self, seconds: float) -> Point:
+        """Tokens, and requests that begin and that end, per second, and the mean number of sequences running, with
+        requests waiting all the time."""
+        tokens, begun, ended, running, steps = 0, 0, 0, 0, 0
         started = time.perf_counter()
         while (now := time.perf_counter()) < started + seconds:
             while len(self.engine.scheduler.waiting) < 4:
                 self.add()
-            tokens += sum(output.token is not None for output in self.engine.step())
+            for output in self.engine.step():
+                tokens += output.token is not None
+                ended += output.finish_reason is not None
+                if output.request_id not in self._begun:
+                    self._begun.add(output.request_id)
+                    begun += 1
             running, steps = running + len(self.engine.scheduler.running), steps + 1
-        return tokens / (now - started), running / steps
+        rates = {"tokens_per_second": tokens, "begun_per_second": begun, "ended_per_second": ended}
+        return {name: count / (now - started) for name, count in rates.items()} | {"running": running / steps}
 
     def loaded(self, rate: float, seconds: float) -> Point:
         """Time to first token of those that come in the second half of the time, in milliseconds."""
@@ -208,9 +217,8 @@ def measure(settings: Settings, points: list[Point]) -> Iterator[Point]:
                 busy.fill()
                 busy.saturated(settings.settle)
                 before = engine.scheduler.num_preemptions
-                rate, running = busy.saturated(mix.counted)
                 point: Point = {"design": design, "cache_dtype": dtype, "pool": pool, "mix": mix.name}
-                point |= {"cache_tokens": engine.cache_tokens, "tokens_per_second": rate, "running": running}
+                point |= {"cache_tokens": engine.cache_tokens, **busy.saturated(mix.counted)}
                 point |= {"preemptions": engine.scheduler.num_preemptions - before, "load": []}
                 if pool == settings.loaded:
                     unshared = next(

@@ -81,7 +81,9 @@ def test_points(points: list[Point]) -> None:
     by_key = {(p["design"], p["cache_dtype"], p["pool"]): p for p in points}
     assert len(by_key) == len(points) == 8
     for point in points:
-        assert point["tokens_per_second"] > 0
+        # As many tokens as the requests that end have: each of them 3 to 6.
+        assert point["tokens_per_second"] == pytest.approx(4.5 * point["ended_per_second"], rel=0.5)
+        assert point["begun_per_second"] == pytest.approx(point["ended_per_second"], rel=0.5)
         assert [load["rate"] > 0 for load in point["load"]] == [True] * 2 * (point["pool"] == 2**15)
     small = {key[:2]: p for key, p in by_key.items() if key[2] == 2**15}
     unshared, shared = small["MQA", "auto"], small["MQA-CLA2", "auto"]
