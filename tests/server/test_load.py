@@ -26,7 +26,7 @@ def test_percentiles() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_loaded_server_loses_nothing_and_does_not_grow(tmp_path: Path) -> None:
     save_folder(tmp_path / "tiny")
-    command = [sys.executable, "-m", "crosslayer", "serve", str(tmp_path / "tiny"), "--port", "0", "--cache", "1MiB"]
+    command = [sys.executable, "-m", "crosslayer", "serve", str(tmp_path / "tiny"), "--port", "0", "--cache", "128KiB"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
