@@ -2,10 +2,10 @@
 
     python -m benchmarks.steps_of_a_run --out results.json
 
-Some workloads on the paper's 1B shape with random weights in bf16, each once after a run that does not count. Of a step:
-its tokens and sequences; what the host took to launch it and for everything else since the step before; how long the
-card worked on it; and how long it had idled before. A step that the host launches for longer than the card works on it
-is one that the host limits.
+Some workloads on the paper's 1B shape with random weights in bf16, each once after a run that does not count. Of a
+step: its tokens and sequences; what the host took to launch it and for everything else since the step before; how long
+the card worked on it; and how long it had idled before. A step that the host launches for longer than the card works
+on it is one that the host limits.
 """
 
 from __future__ import annotations
