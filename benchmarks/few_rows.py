@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu import copy_rate, in_a_graph
+from benchmarks.gpu import between, copy_rate, in_a_graph, moment
 from crosslayer.environment import describe_environment
 from crosslayer.files import write_json
 from crosslayer.kernels import few_rows_launch as kernels
@@ -51,13 +51,10 @@ def seconds(run: Callable[[], object], timed: int) -> float:
     """Mean seconds of a run on the GPU."""
     for _ in range(3):
         run()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    begin = moment(on_gpu=True)
     for _ in range(timed):
         run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / timed
+    return between(begin, moment(on_gpu=True)) / timed
 
 
 def without_overlap() -> Any:

@@ -5,11 +5,32 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from crosslayer.model import Transformer
 from crosslayer.plan import ModelConfig
+
+# A moment in a card's work.
+Moment = Any
+
+
+def moment(on_gpu: bool) -> Moment:
+    """Now, in the order of what the card has been given to do; on a CPU, by its own clock."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(first: Moment, second: Moment) -> float:
+    """Seconds from one to the other; waits until a card has come to both."""
+    if isinstance(first, float):
+        return float(second - first)
+    second.synchronize()
+    return float(first.elapsed_time(second) / 1e3)
 
 
 def seconds(step: Callable[[], object], warm_up: int, timed: int) -> tuple[float, float]:
@@ -40,21 +61,13 @@ def in_a_graph(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def median_seconds(step: Callable[[], object], timed: int = 40) -> float:
     """Of single steps, each waited for: by the card's own clock, or a CPU's where there is none."""
-    times = []
+    times, on_gpu = [], torch.cuda.is_available()
     for _ in range(3):
         step()
     for _ in range(timed):
-        if torch.cuda.is_available():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - started)
+        begin = moment(on_gpu)
+        step()
+        times.append(between(begin, moment(on_gpu)))
     return statistics.median(times)
 
 

@@ -18,10 +18,8 @@ Point = dict[str, Any]
 def table(points: Sequence[Point]) -> str:
     """The points as Markdown."""
     heads = ["requests", "pool", "design", "cache", "running", "begun, ended per second", "tokens/s"]
-    lines = [
-        f"| {' | '.join(heads)} | time to first token at each rate, median |",
-        "|---|---:|---|---|---:|---:|---:|---|",
-    ]
+    heads.append("time to first token at each rate, median")
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---|---|---:|---:|---:|---|"]
     for point in sorted(points, key=lambda point: (point["mix"], point["pool"])):
         loads = ", ".join(
             f"{'over ' * bool(load['waiting'])}{load['ttft_ms']['p50'] / 1000:.2f} s at {load['rate']:.1f}/s"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -86,15 +86,9 @@ def measure(runner: Runner, rows: int, length: int, candidates: Mapping[str, Seq
     best, tried = find_cuts(seconds, kernels.cuts_for(rows), candidates)
     with use(best):
         again = seconds()
-    found = {field.name: tuple(asdict(best)[field.name].values()) for field in fields(Cuts) if field.name in candidates}
-    print(f"  best: {again * 1e6:.1f} us with {found}", flush=True)
-    return {
-        "rows": rows,
-        "cublas_microseconds": cublas * 1e6,
-        "tried": tried,
-        "best": found,
-        "microseconds": again * 1e6,
-    }
+    print(f"  best: {again * 1e6:.1f} us with {best}", flush=True)
+    times = {"cublas_microseconds": cublas * 1e6, "microseconds": again * 1e6}
+    return {"rows": rows, **times, "best": asdict(best), "tried": tried}
 
 
 def main() -> None:

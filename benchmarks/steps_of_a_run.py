@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu import random_model
+from benchmarks.gpu import Moment, between, moment, random_model
 from benchmarks.workloads import Workload
 from crosslayer.engine import LLM, EngineConfig, SamplingParams
 from crosslayer.engine.sampler import Draws
@@ -31,35 +31,20 @@ from crosslayer.plan import parse_design, preset
 WORKLOADS = (Workload(1, 512, 64), Workload(64, 512, 64), Workload(512, 512, 32))
 
 Row = dict[str, float]
-# A moment in the card's work, and the seconds from one to another.
-Moment = Any
-
-
-def moment(device: torch.device) -> Moment:
-    """Now, in the order of what the card has been given to do; on a CPU, by its own clock."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(first: Moment, second: Moment) -> float:
-    """Seconds, once the card has come to both."""
-    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1e3
 
 
 def run(llm: LLM, workload: Workload, vocab_size: int, seed: int) -> tuple[float, list[Row]]:
     """Seconds of the run, and its steps; all times in milliseconds."""
     runner = llm.engine.runner
+    on_gpu = runner.device.type == "cuda"
     launch: Callable[[Sequence[Scheduled]], Draws] = runner.launch
     steps: list[tuple[int, int, float, float, Moment, Moment]] = []
 
     def timed(step: Sequence[Scheduled]) -> Draws:
-        first, called = moment(runner.device), time.perf_counter()
+        first, called = moment(on_gpu), time.perf_counter()
         draws = launch(step)
         done = time.perf_counter()
-        steps.append((sum(item.new for item in step), len(step), called, done, first, moment(runner.device)))
+        steps.append((sum(item.new for item in step), len(step), called, done, first, moment(on_gpu)))
         return draws
 
     params = SamplingParams(max_tokens=workload.new_tokens, ignore_eos=True)
@@ -68,8 +53,6 @@ def run(llm: LLM, workload: Workload, vocab_size: int, seed: int) -> tuple[float
     with patch.object(runner, "launch", timed):
         llm.generate(prompts, params)
     spent = time.perf_counter() - started
-    if runner.device.type == "cuda":
-        torch.cuda.synchronize()
     rows, before = [], None
     for tokens, sequences, called, done, first, last in steps:
         row: Row = {"tokens": tokens, "sequences": sequences, "launch": (done - called) * 1e3}

@@ -37,7 +37,7 @@ class Cut:
 
     def splits(self, tiles: int, columns: int) -> int:
         """Into how many parts the columns are split: each has at least those held, and a block."""
-        most = -(-columns // self.block) // max(1, self.held // self.block)
+        most: int = cdiv(columns, self.block) // max(1, self.held // self.block)
         return max(1, min(round(self.programs / tiles), most))
 
 

@@ -35,11 +35,12 @@ def packed_loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Ten
 
 
 @pytest.mark.parametrize("way", ["eager", "checkpointed", "compiled"])
+@pytest.mark.parametrize("head_dim", [10, 16])
 @pytest.mark.parametrize("plan", PLANS)
-def test_training_on_packed_documents(plan: str, way: str) -> None:
+def test_training_on_packed_documents(plan: str, head_dim: int, way: str) -> None:
     """Losses and gradients on the GPU are those on the CPU."""
     torch.compiler.reset()
-    model = random_model(tiny_config(plan))
+    model = random_model(tiny_config(plan, head_dim=head_dim))
     on_gpu = copy.deepcopy(model).cuda()
     on_gpu.model.activation_checkpointing = "block" if way == "checkpointed" else "none"
     if way == "compiled":
