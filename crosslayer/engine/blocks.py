@@ -7,6 +7,7 @@ until it is needed for something else, the one that lay unused for longest first
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -14,6 +15,10 @@ from hashlib import blake2b
 
 from crosslayer.engine.request import Sequence
 from crosslayer.model.paged import BlockTable
+
+# Standard deviation of what a running sequence holds, over its mean. Where it grows evenly from a prompt that is p of
+# its final length, that is (1 - p) / sqrt(3) / (1 + p): 0.19 with prompts as long as answers. Lengths differ, too.
+SPREAD = 0.3
 
 
 class BlockPool:
@@ -103,11 +108,17 @@ class BlockManager:
         sequence.room = sequence.num_cached
         sequence.trim_at = self._next_trim(sequence)
 
-    def has_room(self, sequence: Sequence, spare: int) -> bool:
-        """Whether all tokens of the sequence would fit, now, and so many more blocks. Windows are left out: their old
-        blocks come free."""
+    def has_room(self, sequence: Sequence, num_running: int) -> bool:
+        """Whether all tokens of the sequence would fit, now, with enough left over for those that run to grow.
+
+        What each of them holds grows until it ends, and what n of them hold goes up and down by 1/sqrt(n) of what one
+        does, by share. Windows are left out: their old blocks come free.
+        """
         pool = self._whole
-        return pool is None or self._missing(sequence, len(sequence.tokens)) + spare <= pool.num_free
+        if pool is None:
+            return True
+        spare = SPREAD * (pool.size - pool.num_free) / math.sqrt(num_running) if num_running else 0
+        return self._missing(sequence, len(sequence.tokens)) + spare <= pool.num_free
 
     def grow(self, sequence: Sequence, length: int) -> bool:
         """Take the blocks for the first `length` tokens of a sequence that has `room` for fewer; False, and nothing

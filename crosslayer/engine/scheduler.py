@@ -3,8 +3,8 @@
 Every step has a budget of tokens. Running sequences come first, each with its next token or the next chunk of its
 prompt; what is left of the budget goes to waiting ones. Where blocks run out, the sequence that came last gives all of
 its back and waits, at the head of the queue, to be computed anew; what of its blocks is still there then is not.
-Whoever waits is let in only if a block for each running sequence stays free: they will soon need one, and would take it
-from the one that has just come.
+Whoever waits is let in only if some blocks stay free for the running ones: they would take them from the one that has
+just come.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Scheduler:
                 break
             self.blocks.attach_prefix(sequence)
             item = self._next_tokens(sequence, budget)
-            fits = self.blocks.has_room(sequence, spare=len(self.running))
+            fits = self.blocks.has_room(sequence, len(self.running))
             if not (fits and self.blocks.grow(sequence, sequence.num_cached + item.new)):
                 self.blocks.release(sequence)
                 break
