@@ -84,8 +84,8 @@ def least_seconds(config: ModelConfig, workload: Workload, ceilings: Ceilings, c
 
     for R requests. Attention to the cache reads the keys and values of every layer that looks at them: sharing saves
     memory, but a reader reads what its owner did (no card's second-level cache holds that much). The output layer
-    counts for tokens that are drawn only, and layers above the last owner for the last token of a prompt only. What
-    is left out (norms, activations, drawing, writing the cache, the embedding) can only add to it.
+    counts for tokens that are drawn only, and so does, of a prompt, all that comes after the last keys and values that
+    are stored. What is left out (norms, activations, drawing, writing the cache, the embedding) can only add to it.
     """
     plan, requests = config.plan, workload.requests
     layers = [layer_weights(config, layer) for layer in range(plan.num_layers)]
@@ -95,9 +95,12 @@ def least_seconds(config: ModelConfig, workload: Workload, ceilings: Ceilings, c
     key_bytes = 2 * BYTES_PER_ELEMENT[cache_dtype] * config.num_key_value_heads * config.head_dim
 
     prompt, last = workload.prompt_tokens, workload.length - 1
-    products = output + sum(size * (prompt if layer < plan.prefill_cut else 1) for layer, size in enumerate(layers))
+    last_owner = plan.prefill_cut - 1
+    products = output + sum(size * (prompt if layer < last_owner else 1) for layer, size in enumerate(layers))
+    streams = plan.owns_keys(last_owner) + plan.owns_values(last_owner)
+    products += (prompt - 1) * streams * config.hidden_size * config.num_key_value_heads * config.head_dim
     looked_at = sum(
-        _keys(prompt, window) - (0 if layer < plan.prefill_cut else _keys(prompt - 1, window))
+        _keys(prompt, window) - (0 if layer < last_owner else _keys(prompt - 1, window))
         for layer, window in enumerate(plan.windows)
     )
     total = ceilings.seconds(2 * weights, 2 * products * requests) + ceilings.seconds(

@@ -90,22 +90,20 @@ class PreparedModel:
         plan, rows, wanted = self.config.plan, batch.rows, batch.wanted
         x, cos, sin = embed(batch.ids, batch.slots, last, self.embedding, batch.positions, self.cos, self.sin)
         for number in range(plan.num_layers):
-            if wanted is not None and number == plan.prefill_cut:
-                # All slots are filled; what is left is of use only to tokens whose logits are asked for.
-                x, cos, sin, rows, wanted = x[wanted], cos[wanted], sin[wanted], batch.wanted_rows, None
             span = cache.spans[number]
-            if len(x):
-                self._run(number, x, cos, sin, batch.places[span], rows[span], cache)
-        x = x if wanted is None else x[wanted]
+            q = self._store(number, x, cos, sin, batch.places[span], cache)
+            if wanted is not None and number == plan.prefill_cut - 1:
+                # All slots are filled; what is left is of use only to tokens whose logits are asked for.
+                q, x, cos, sin, rows, wanted = q[wanted], x[wanted], cos[wanted], sin[wanted], batch.wanted_rows, None
+                if not len(x):
+                    break
+            self._add(number, q, x, rows[span], cache)
         return project_logits(x, self.lm_head, self.norm_gain, self.config.rms_norm_eps)
 
-    def _run(
-        self, number: int, x: Tensor, cos: Tensor, sin: Tensor, places: Tensor, rows: AttentionRows, cache: PagedCache
-    ) -> None:
-        """Let a layer add its share to the residual stream x [N, hidden]."""
+    def _store(self, number: int, x: Tensor, cos: Tensor, sin: Tensor, places: Tensor, cache: PagedCache) -> Tensor:
+        """The queries [N, H, D] of a layer from the residual stream x [N, hidden]; its keys and values are stored."""
         layer, config, plan, scales = self.layers[number], self.config, self.config.plan, cache.scales
-        key_source, value_source = plan.key_sources[number], plan.value_sources[number]
-        q = project_rope_store(
+        return project_rope_store(
             x,
             layer.qkv,
             config.rms_norm_eps,
@@ -120,9 +118,14 @@ class PreparedModel:
             keys=cache.keys.get(number),
             values=cache.values.get(number),
             places=places,
-            key_scale=scales.keys[key_source],
-            value_scale=scales.values[value_source],
+            key_scale=scales.keys[plan.key_sources[number]],
+            value_scale=scales.values[plan.value_sources[number]],
         )
+
+    def _add(self, number: int, q: Tensor, x: Tensor, rows: AttentionRows, cache: PagedCache) -> None:
+        """Let a layer with queries q [N, H, D] add its share to the residual stream x [N, hidden]."""
+        layer, config, plan, scales = self.layers[number], self.config, self.config.plan, cache.scales
+        key_source, value_source = plan.key_sources[number], plan.value_sources[number]
         attended = paged_attention(
             q,
             cache.keys[key_source],

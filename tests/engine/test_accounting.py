@@ -42,8 +42,8 @@ def broken(engine: Engine, place: str) -> Iterator[None]:
         if place == "before the model":
             patch.setattr(engine.runner, "launch", fault)
         elif place == "in the model":
-            run_layer = engine.runner.model._run
-            patch.setattr(engine.runner.model, "_run", lambda n, *rest: fault() if n == 3 else run_layer(n, *rest))
+            add = engine.runner.model._add
+            patch.setattr(engine.runner.model, "_add", lambda n, *rest: fault() if n == 3 else add(n, *rest))
         elif place == "after the model":
             patch.setattr(Draws, "__init__", fault)
         elif place == "on the way back":

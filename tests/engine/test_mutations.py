@@ -144,7 +144,7 @@ MUTATIONS = [
         (
             "values are read from the pool of the keys",
             "fusedkv-lite",
-            PreparedModel._run,
+            PreparedModel._add,
             "cache.values[value_source],",
             "cache.keys[key_source],",
         ),

@@ -93,13 +93,14 @@ def test_rows_that_fill_up_change_nothing(plan: str) -> None:
 
 @pytest.mark.parametrize("plan", ["yoco:window=5", "cla2", "suffix:3", "identity"])
 @torch.no_grad()
-def test_layers_above_the_cut_run_for_wanted_tokens_only(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_once_all_is_stored_layers_run_for_wanted_tokens_only(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(tiny_config(plan))
     cut = model.config.plan.prefill_cut
     assert cut == {"yoco:window=5": 4, "cla2": 5, "suffix:3": 3, "identity": 6}[plan]
-    tokens, seen = random_tokens(model, 3, 12), []
-    run = PreparedModel._run
-    monkeypatch.setattr(PreparedModel, "_run", lambda *a: (seen.append(len(a[2])), run(*a)))
+    tokens, stored, added = random_tokens(model, 3, 12), [], []
+    store, add = PreparedModel._store, PreparedModel._add
+    monkeypatch.setattr(PreparedModel, "_store", lambda *a: (stored.append(len(a[2])), store(*a))[1])
+    monkeypatch.setattr(PreparedModel, "_add", lambda *a: (added.append(len(a[3])), add(*a)))
     rows = Rows(model, 3, 4, 12)
     for new, wanted, expected in (
         ([7, 5, 9], [False, True, True], 2),
@@ -107,8 +108,10 @@ def test_layers_above_the_cut_run_for_wanted_tokens_only(plan: str, monkeypatch:
         ([1, 0, 1], [True, True, True], 2),
     ):
         assert len(rows.feed(tokens, new, wanted)) == expected
-        assert seen == [sum(new)] * cut + [expected] * (6 - cut if expected else 0)
-        seen.clear()
+        assert stored == [sum(new)] * cut + [expected] * (6 - cut if expected else 0)
+        assert added == [sum(new)] * (cut - 1) + [expected] * (7 - cut if expected else 0)
+        stored.clear()
+        added.clear()
 
 
 def test_a_token_that_is_not_known_yet_is_marked() -> None:
