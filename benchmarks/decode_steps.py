@@ -24,8 +24,8 @@ from benchmarks.gpu import copy_rate, matmul_rate, median_seconds, random_model
 from benchmarks.workloads import Ceilings, Workload, least_seconds
 from crosslayer.engine import EngineConfig, prepared
 from crosslayer.engine import runner as runner_module
-from crosslayer.engine.batch import Batch
-from crosslayer.engine.graphs import GraphedStep
+from crosslayer.engine.batch import Batch, Shape
+from crosslayer.engine.graphs import capture
 from crosslayer.engine.runner import Runner
 from crosslayer.engine.transfer import pack, unpack
 from crosslayer.environment import describe_environment
@@ -61,7 +61,7 @@ def without(part: str) -> AbstractContextManager[Any]:
 def runner_of(config: ModelConfig, rows: int, length: int, device: str) -> Runner:
     """A runner with a cache for so many sequences, without graphs of its own."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with patch.object(runner_module, "graph_sizes", lambda most: []):
+    with patch.object(runner_module, "graph_shapes", lambda most: []):
         settings = EngineConfig(max_running=rows)
         return Runner(random_model(config, device, dtype), settings, length + settings.block_size, torch.device(device))
 
@@ -69,10 +69,11 @@ def runner_of(config: ModelConfig, rows: int, length: int, device: str) -> Runne
 def step_of(runner: Runner, rows: int, length: int) -> Callable[[], object]:
     """A step of so many sequences: a graph's replay, or on a CPU its launches."""
     if runner.overlaps:
-        graphed = GraphedStep(runner.compute, runner.builder, rows, torch.cuda.graph_pool_handle())
+        graphed = capture(runner.compute, runner.builder, [Shape(rows, rows)])[rows, rows]
         place_sequences(runner, graphed.batch, length)
+        graphed.exchange.batches.copy_(graphed.packed)  # from where each replay fetches it again
         return graphed.graph.replay
-    host = runner.builder.on_host([], rows)
+    host = runner.builder.on_host([], Shape(rows, rows))
     batch = runner.builder.on_device(host, unpack(pack(host.arrays, pinned=False), host.arrays))
     place_sequences(runner, batch, length)
     return lambda: runner.compute(batch)

@@ -52,7 +52,7 @@ def make_engine(design: str, tokenizer: Tokenizer, sequences: int, *, texts: boo
 
     def launch(step: Sequence[Scheduled]) -> Draws:
         """Compute nothing: the next token is any one of the text's."""
-        return Draws(Drawn(tokens[torch.randint(len(tokens), (sum(item.draws for item in step),))]))
+        return Draws.of(Drawn(tokens[torch.randint(len(tokens), (sum(item.draws for item in step),))]))
 
     engine.runner.launch = launch  # type: ignore[method-assign]
     engine.runner.overlaps = True

@@ -20,6 +20,21 @@ from crosslayer.model.paged import BlockTable, PagedCache
 UNKNOWN = -1  # the id of a token that was drawn but not read yet, and the place of one that is not stored
 
 
+class Shape(NamedTuple):
+    """How many tokens and sequences a step of a fixed shape has, filled up.
+
+    With as many of both, every sequence gains one token and has its logits asked for. With fewer sequences, some may
+    gain more.
+    """
+
+    tokens: int
+    rows: int
+
+    @property
+    def is_one_each(self) -> bool:
+        return self.tokens == self.rows
+
+
 class HostBatch(NamedTuple):
     """A batch on the host: its arrays by name, and the most tokens that a sequence gains."""
 
@@ -34,7 +49,8 @@ class Batch:
     `ids` [N] are `UNKNOWN` where the token is the one last drawn in its slot; `slots` [N] says in which. `places[span]`
     [N] is where each token's keys and values go in the span's pools, counted in tokens; `rows[span]` is how the tokens
     look at them. `wanted` [n] numbers the tokens whose logits are asked for, None: all of them; `wanted_rows[span]` is
-    how these look at the pools when they alone are left. All tensors here are int64, on the device.
+    how these look at the pools when they alone are left, and `drawing_slots` [n] are their slots. All tensors here are
+    int64, on the device.
     """
 
     ids: Tensor
@@ -44,16 +60,13 @@ class Batch:
     rows: Mapping[int, AttentionRows]
     wanted: Tensor | None
     wanted_rows: Mapping[int, AttentionRows]
-
-    @property
-    def drawing_slots(self) -> Tensor:
-        return self.slots if self.wanted is None else self.slots[self.wanted]
+    drawing_slots: Tensor
 
 
 class BatchBuilder:
     """Makes batches for a cache, and keeps the tables of up to `max_running` sequences from step to step.
 
-    A slot beyond those is for the rows that fill up a CUDA graph.
+    A slot beyond those is for what fills up a shape.
     """
 
     def __init__(self, cache: PagedCache, max_running: int) -> None:
@@ -61,51 +74,57 @@ class BatchBuilder:
         self.filler_slot = max_running
         self._tables = {span: _Tables(max_running + 1) for span in sorted(set(cache.spans))}
 
-    def on_host(self, step: Sequence[Scheduled], num_rows: int | None = None) -> HostBatch:
-        """Describe a step. With `num_rows`, for steps in which every sequence gains one token and has its logits asked
-        for, there are that many rows, and tables with room for any sequence: the shapes depend on nothing else."""
+    def on_host(self, step: Sequence[Scheduled], shape: Shape | None = None) -> HostBatch:
+        """Describe a step. With a shape that is large enough for it, there are as many tokens, sequences and wanted
+        logits as it says, and tables with room for any sequence: the shapes of all arrays depend on nothing else."""
         sequences = [item.sequence for item in step]
         slots = [sequence.slot for sequence in sequences]
-        starts = [sequence.num_cached for sequence in sequences]
-        new = [item.new for item in step]
+        starts = np.array([sequence.num_cached for sequence in sequences], dtype=np.int64)
+        new = np.array([item.new for item in step], dtype=np.int64)
         draws = [item.draws for item in step]
         ids: list[int] = []
-        for sequence, start, count in zip(sequences, starts, new, strict=True):
-            ids += sequence.tokens[start : start + count]
-            if len(sequence.tokens) < start + count:
+        for item, start in zip(step, starts.tolist(), strict=True):
+            tokens = item.sequence.tokens[start : start + item.new]
+            ids += tokens
+            if len(tokens) < item.new:
                 ids.append(UNKNOWN)
-        filler = 0 if num_rows is None else num_rows - len(step)
-        row_slots = np.array(slots + [self.filler_slot] * filler)
-        row_starts = np.array(starts + [0] * filler)
-        row_new = np.array(new + [1] * filler)
-        ends = row_new.cumsum()
-        row_of = np.arange(len(row_new)).repeat(row_new)
-        positions = np.arange(len(row_of)) - (ends - row_new - row_starts)[row_of]
-        lengths = (row_starts + row_new).astype(np.int32)
-        lengths[len(step) :] = 0
+        if shape is None:
+            num_tokens, num_rows = len(ids), len(step)
+            one_each, most_new = all(draws) and len(ids) == len(step), int(new.max())
+        else:
+            num_tokens, num_rows = shape
+            one_each, most_new = shape.is_one_each, 1 if shape.is_one_each else num_tokens
+        row_slots = np.array(slots + [self.filler_slot] * (num_rows - len(step)))
+        ends = new.cumsum()
+        row_of = np.arange(len(step)).repeat(new)
+        positions = np.arange(len(ids)) - (ends - new - starts)[row_of]
+        row_new = _filled(new, num_rows, int(one_each))
+        lengths = _filled(starts + new, num_rows, 0).astype(np.int32)
         arrays = {
-            "ids": np.array(ids + [0] * filler),
-            "slots": row_slots[row_of],
-            "positions": positions,
-            "starts": np.concatenate(([0], ends)).astype(np.int32),
+            "ids": _filled(np.array(ids, dtype=np.int64), num_tokens, 0),
+            "slots": _filled(row_slots[row_of], num_tokens, self.filler_slot),
+            "positions": _filled(positions, num_tokens, 0),
+            "starts": np.concatenate(([0], row_new.cumsum())).astype(np.int32),
             "lengths": lengths,
         }
-        asked = None if all(draws) and len(ids) == len(step) else np.flatnonzero(draws)
-        if asked is not None:
-            arrays["wanted"] = ends[asked] - 1
-            arrays["wanted starts"] = np.arange(len(asked) + 1, dtype=np.int32)
-            arrays["wanted lengths"] = lengths[asked]
+        asked = np.flatnonzero(draws)
+        num_asked = len(asked) if shape is None else num_rows
+        if not one_each:
+            arrays["wanted"] = _filled(ends[asked] - 1, num_asked, 0)
+            arrays["wanted slots"] = _filled(row_slots[asked], num_asked, self.filler_slot)
+            arrays["wanted starts"] = np.arange(num_asked + 1, dtype=np.int32)
+            arrays["wanted lengths"] = _filled(lengths[asked], num_asked, 0)
         size = self.cache.block_size
         for span, tables in self._tables.items():
             tables.follow(slots, [sequence.tables[span] for sequence in sequences])
-            table, firsts = tables.of(row_slots, None if num_rows is None else self.cache.blocks_of_row(span))
+            table, firsts = tables.of(row_slots, None if shape is None else self.cache.blocks_of_row(span))
             blocks = table[row_of, positions // size - firsts[row_of]].astype(np.int64)
-            places = blocks * size + positions % size
-            places[len(ids) :] = UNKNOWN
+            places = _filled(blocks * size + positions % size, num_tokens, UNKNOWN)
             arrays |= {f"places {span}": places, f"firsts {span}": firsts, f"tables {span}": table}
-            if asked is not None:
-                arrays |= {f"wanted firsts {span}": firsts[asked], f"wanted tables {span}": table[asked]}
-        return HostBatch(arrays, int(row_new.max()))
+            if not one_each:
+                rows = _filled(asked, num_asked, 0)
+                arrays |= {f"wanted firsts {span}": firsts[rows], f"wanted tables {span}": table[rows]}
+        return HostBatch(arrays, most_new)
 
     def on_device(self, host: HostBatch, arrays: Mapping[str, Tensor]) -> Batch:
         """The batch, where its arrays are on the device already."""
@@ -131,7 +150,13 @@ class BatchBuilder:
             rows=all_rows,
             wanted=wanted,
             wanted_rows=all_rows if wanted is None else rows("wanted ", 1),
+            drawing_slots=arrays["slots"] if wanted is None else arrays["wanted slots"],
         )
+
+
+def _filled(array: np.ndarray, size: int, value: int) -> np.ndarray:
+    missing = size - len(array)
+    return np.concatenate((array, np.full(missing, value, dtype=array.dtype))) if missing else array
 
 
 class _Tables:

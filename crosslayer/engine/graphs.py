@@ -1,51 +1,119 @@
-"""Steps in which every sequence gains one token, as CUDA graphs.
+"""Steps of fixed shapes as CUDA graphs.
 
-Such a step is some hundred short kernels, which a CPU cannot launch as fast as the GPU runs them. A graph launches all
-at once, but always for the same shapes: so there is one for each of a few numbers of rows, and a step takes the next
-larger one, with rows that see nothing to fill it up.
+A step is some hundred short kernels. A CPU cannot launch them as fast as a GPU runs them, unless there are many tokens.
+A graph launches all at once, but always for the same shapes: so there is one for each of a few of them, and a step
+takes the smallest that has room for it. What fills it up sees nothing and is not stored.
+
+The first kernel of a graph fetches the step's batch from page-locked memory of the host, and the last one puts the
+drawn tokens there: copies of so few bytes would keep the GPU waiting for longer than they take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from crosslayer.engine.batch import Batch, BatchBuilder, HostBatch
-from crosslayer.engine.transfer import pack, unpack
+from crosslayer.engine.batch import Batch, BatchBuilder, HostBatch, Shape
+from crosslayer.engine.sampler import OnHost
+from crosslayer.engine.transfer import pack, pack_into, packed_bytes, unpack
 
-Computed = tuple[Tensor, ...]
 MemoryPool = Any  # what torch.cuda.graph_pool_handle() gives
+# With more tokens, a GPU is busy for longer than a CPU needs to launch a step.
+MIXED = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
 
 
-def graph_sizes(max_running: int) -> list[int]:
-    """Numbers of rows that there are graphs for: close together, so that little is computed for nothing."""
+def graph_shapes(max_running: int) -> list[Shape]:
+    """What there are graphs for: close together, so that little is computed for nothing."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_running, 32), max_running]
-    return sorted({size for size in sizes if size <= max_running})
+    one_each = [Shape(size, size) for size in sorted({size for size in sizes if size <= max_running})]
+    # With one row, attention takes it that this has all the tokens.
+    return one_each + [Shape(size, max(2, min(size // 2, max_running))) for size in MIXED]
+
+
+class Exchange:
+    """Page-locked memory through which all graphs get batches and give tokens back. There are two places for both, and
+    a step takes the other ones than the step before: the host fills and reads these while the GPU is at that."""
+
+    def __init__(self, device: torch.device, most_bytes: int, most_tokens: int) -> None:
+        self.batches = torch.zeros(2, most_bytes, dtype=torch.uint8, pin_memory=True)
+        self.tokens = torch.zeros(2, most_tokens, dtype=torch.int64, pin_memory=True)
+        # Which are next: the device's own count, as its kernels cannot be told.
+        self.turn = torch.zeros(1, dtype=torch.int32, device=device)
+        self._turn = 0
+        self._done = (torch.cuda.Event(), torch.cuda.Event())  # type: ignore[no-untyped-call]
+
+    def run(self, graph: torch.cuda.CUDAGraph, host: HostBatch) -> OnHost:
+        """Replay a graph with a batch: where its tokens will be."""
+        turn, self._turn = self._turn, 1 - self._turn
+        self._done[turn].synchronize()  # it is, unless a step before was given up
+        pack_into(self.batches[turn], host.arrays)
+        graph.replay()
+        self._done[turn].record()
+        return OnHost(self.tokens[turn], self._done[turn])
+
+
+class Computed(NamedTuple):
+    """What a graph computes, in buffers that the next step overwrites, the next but one where it is on the host. What
+    fills up comes last."""
+
+    logits: Tensor
+    tokens: Tensor
+    on_host: OnHost
 
 
 class GraphedStep:
-    """`compute(batch)` for steps of `num_rows` rows. Graphs of the same `memory` share it."""
+    """`compute(batch)`, logits and tokens, for steps of a shape. Graphs of the same `memory` share it."""
 
     def __init__(
-        self, compute: Callable[[Batch], Computed], builder: BatchBuilder, num_rows: int, memory: MemoryPool
+        self,
+        compute: Callable[[Batch], tuple[Tensor, Tensor]],
+        builder: BatchBuilder,
+        shape: Shape,
+        exchange: Exchange,
+        memory: MemoryPool,
     ) -> None:
-        host = builder.on_host([], num_rows)
-        self._packed = pack(host.arrays, pinned=False).to(builder.cache.device)
-        self.batch = builder.on_device(host, unpack(self._packed, host.arrays))
+        # Triton is there only where there is a GPU.
+        from crosslayer.kernels.exchange_triton import fetch, give
+
+        host = builder.on_host([], shape)
+        self.packed = pack(host.arrays, pinned=False).to(builder.cache.device)
+        self.batch = builder.on_device(host, unpack(self.packed, host.arrays))
+        self.exchange = exchange
+
+        def step() -> tuple[Tensor, Tensor]:
+            fetch(exchange.batches, exchange.turn, self.packed)
+            logits, tokens = compute(self.batch)
+            give(tokens, exchange.tokens, exchange.turn)
+            return logits, tokens
+
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            compute(self.batch)  # compiles kernels, and lets libraries set up what a capture forbids
-        torch.cuda.current_stream().wait_stream(side)
+            for turn in exchange.batches:
+                pack_into(turn, host.arrays)
+            for _ in exchange.batches:  # compiles kernels, and lets libraries set up what a capture forbids
+                step()
+        side.synchronize()  # what it has fetched may be overwritten
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=memory):
-            self._computed = compute(self.batch)
+            self._logits, self._tokens = step()
 
     def __call__(self, host: HostBatch) -> Computed:
-        """What the graph computes, in buffers that the next step overwrites; rows that fill up come last."""
-        self._packed.copy_(pack(host.arrays, pinned=True), non_blocking=True)
-        self.graph.replay()
-        return self._computed
+        return Computed(self._logits, self._tokens, self.exchange.run(self.graph, host))
+
+
+def capture(
+    compute: Callable[[Batch], tuple[Tensor, Tensor]], builder: BatchBuilder, shapes: list[Shape]
+) -> dict[Shape, GraphedStep]:
+    """A graph for each shape, in their order. They are made the largest first: the others find room for what they
+    compute in its memory."""
+    arrays = [builder.on_host([], shape).arrays for shape in shapes]
+    most_bytes = max(map(packed_bytes, arrays), default=0)
+    exchange = Exchange(builder.cache.device, most_bytes, max((shape.rows for shape in shapes), default=0))
+    memory = torch.cuda.graph_pool_handle()
+    by_tokens = sorted(shapes, reverse=True)
+    graphs = {shape: GraphedStep(compute, builder, shape, exchange, memory) for shape in by_tokens}
+    return {shape: graphs[shape] for shape in shapes}

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crosslayer.engine.batch import Batch, BatchBuilder
+from crosslayer.engine.batch import Batch, BatchBuilder, Shape
 from crosslayer.engine.config import EngineConfig
-from crosslayer.engine.graphs import GraphedStep, graph_sizes
+from crosslayer.engine.graphs import capture, graph_shapes
 from crosslayer.engine.prepared import PreparedModel
-from crosslayer.engine.sampler import Drawn, Draws, draw
+from crosslayer.engine.sampler import Drawn, Draws, OnHost, draw
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.engine.transfer import pack, unpack
 from crosslayer.kernels.tokens import likeliest
@@ -53,9 +53,7 @@ class Runner:
         self.builder = BatchBuilder(self.cache, config.max_running)
         # The token last drawn in each slot, also while the host does not know it yet.
         self._last = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
-        self._graphs: dict[int, GraphedStep] = {}
-        if self._on_gpu:
-            self._capture(graph_sizes(config.max_running))
+        self._graphs = capture(self.compute, self.builder, graph_shapes(config.max_running)) if self._on_gpu else {}
 
     @torch.inference_mode()
     def launch(self, step: Sequence[Scheduled]) -> Draws:
@@ -65,33 +63,42 @@ class Runner:
         that the host does not know yet is the one that its sequence's slot drew last.
         """
         drawing = [item.sequence for item in step if item.draws]
-        size = None
-        if len(drawing) == sum(item.new for item in step):
-            size = next((size for size in self._graphs if size >= len(step)), None)
-        host = self.builder.on_host(step, size)
-        if size is None:
+        shape = self._graphed_shape(step, len(drawing))
+        host = self.builder.on_host(step, shape)
+        on_host = None
+        if shape is None:
             packed = pack(host.arrays, pinned=self._on_gpu).to(self.device, non_blocking=True)
             batch = self.builder.on_device(host, unpack(packed, host.arrays))
             logits, tokens = self.compute(batch)
         else:
-            batch = self._graphs[size].batch
-            logits, tokens = (part[: len(step)] for part in self._graphs[size](host))
-        if all(sequence.request.params.is_plain for sequence in drawing):
-            return Draws(Drawn(tokens))
-        drawn = draw(logits, drawing)
-        self._last.index_copy_(0, batch.drawing_slots[: len(drawing)], drawn.tokens)
-        return Draws(drawn)
+            batch = self._graphs[shape].batch
+            logits, tokens, on_host = self._graphs[shape](host)
+        count = len(drawing)
+        if not all(sequence.request.params.is_plain for sequence in drawing):
+            drawn = draw(logits[:count], drawing)
+            self._last.index_copy_(0, batch.drawing_slots[:count], drawn.tokens)
+            return Draws.of(drawn)
+        if on_host is None:
+            return Draws.of(Drawn(tokens))
+        return Draws(OnHost(on_host.tokens[:count], on_host.event))
 
     def compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [n, vocab_size] and their likeliest tokens [n], which count as drawn unless others are."""
         logits = self.model.logits(batch, self._last, self.cache)
         return logits, likeliest(logits, batch.drawing_slots, self._last)
 
-    def _capture(self, sizes: Sequence[int]) -> None:
-        """Make the graphs, the largest first: the others find room for what they compute in its memory."""
-        memory = torch.cuda.graph_pool_handle()
-        graphs = {size: GraphedStep(self.compute, self.builder, size, memory) for size in reversed(sizes)}
-        self._graphs = dict(sorted(graphs.items()))
+    def _graphed_shape(self, step: Sequence[Scheduled], num_drawing: int) -> Shape | None:
+        """The smallest shape that there is a graph for and that has room for a step."""
+        num_tokens = sum(item.new for item in step)
+        one_each = num_drawing == num_tokens
+        return next(
+            (
+                shape
+                for shape in self._graphs
+                if shape.is_one_each == one_each and shape.tokens >= num_tokens and shape.rows >= len(step)
+            ),
+            None,
+        )
 
     def _free_memory(self, sequence: int) -> int:
         if not self._on_gpu:

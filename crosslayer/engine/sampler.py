@@ -37,17 +37,31 @@ class Drawn(NamedTuple):
     logprobs: RowLogprobs | None = None
 
 
-class Draws:
-    """What was drawn, on its way to the host."""
+class OnHost(NamedTuple):
+    """Tokens in the host's memory, once the event is over (None: they are there)."""
 
-    def __init__(self, drawn: Drawn) -> None:
-        self._tokens, self._logprobs = _to_host(drawn.tokens), None
+    tokens: Tensor
+    event: torch.cuda.Event | None
+
+
+class Draws:
+    """What was drawn, on its way to the host; log-probabilities are there when the tokens are."""
+
+    def __init__(self, tokens: OnHost, logprobs: RowLogprobs | None = None) -> None:
+        self._tokens, self._event = tokens
+        self._logprobs = logprobs
+
+    @classmethod
+    def of(cls, drawn: Drawn) -> Draws:
+        """By copies that are not waited for."""
+        tokens, logprobs = _to_host(drawn.tokens), None
         if drawn.logprobs is not None:
             counts, *tensors = drawn.logprobs
-            self._logprobs = RowLogprobs(counts, *map(_to_host, tensors))
-        self._event = torch.cuda.Event() if drawn.tokens.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(drawn.tokens.device))
+            logprobs = RowLogprobs(counts, *map(_to_host, tensors))
+        event = torch.cuda.Event() if drawn.tokens.is_cuda else None  # type: ignore[no-untyped-call]
+        if event is not None:
+            event.record(torch.cuda.current_stream(drawn.tokens.device))
+        return cls(OnHost(tokens, event), logprobs)
 
     def result(self) -> list[tuple[int, TokenLogprobs | None]]:
         """Token and, where they were asked for, log-probabilities of each row; waits until they are there."""

@@ -32,7 +32,7 @@ class AttentionRows:
     have passed them. A row of length 0 sees nothing (it fills up a CUDA graph), and its output is zeros.
 
     Args:
-        starts: int32 [R + 1], from 0 to the number of queries.
+        starts: int32 [R + 1], from 0 to the number of queries, or to fewer: what comes of the others is anything.
         lengths: int32 [R].
         tables: int32 [R, M], M at least 1; entry b is the block with tokens (firsts[r] + b) * block_size and on. Beyond
             what a row needs, entries are any block there is.

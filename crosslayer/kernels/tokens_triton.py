@@ -22,7 +22,8 @@ def launch_embed(
         embed_kernel[(len(ids),)](
             ids, slots, last, embedding, positions, cos, sin, x, some_cos, some_sin, HIDDEN=hidden, HALF=half,
             WIDTH=triton.next_power_of_2(hidden), HALF_WIDTH=triton.next_power_of_2(half), num_warps=4,
-            **dependent_launch(x),
+            # Not before what the host has sent is there.
+            **dependent_launch(x) | {"launch_pdl": False},
         )  # fmt: skip
     return x, some_cos, some_sin
 

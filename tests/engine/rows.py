@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crosslayer.engine import Request
-from crosslayer.engine.batch import BatchBuilder
+from crosslayer.engine.batch import BatchBuilder, Shape
 from crosslayer.engine.prepared import PreparedModel
 from crosslayer.engine.request import Sequence
 from crosslayer.engine.scheduler import Scheduled
@@ -57,7 +57,7 @@ class Rows:
         self.free = {span: list(range(NUM_BLOCKS)) for span in spans}
         self.random = random.Random(0)
 
-    def feed(self, tokens: Tensor, new: list[int], wanted: list[bool], num_rows: int | None = None) -> Tensor:
+    def feed(self, tokens: Tensor, new: list[int], wanted: list[bool], shape: Shape | None = None) -> Tensor:
         """Logits of the last new token of each wanted row that has any."""
         size, step = self.cache.block_size, []
         for sequence, row, count, draws in zip(self.sequences, tokens.tolist(), new, wanted, strict=True):
@@ -74,10 +74,10 @@ class Rows:
                     table.blocks.append(self.free[span].pop(place))
             sequence.tokens = row[: start + count]
             step.append(Scheduled(sequence, count, draws))
-        host = self.builder.on_host(step, num_rows)
-        packed = pack(host.arrays, pinned=False).to(self.cache.device)
-        batch = self.builder.on_device(host, unpack(packed, host.arrays))
-        logits = self.prepared.logits(batch, self.last, self.cache)
+        self.host = self.builder.on_host(step, shape)
+        packed = pack(self.host.arrays, pinned=False).to(self.cache.device)
+        self.batch = self.builder.on_device(self.host, unpack(packed, self.host.arrays))
+        logits = self.prepared.logits(self.batch, self.last, self.cache)
         for item in step:
             item.sequence.num_cached += item.new
         return logits

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crosslayer.engine.batch import UNKNOWN
+from crosslayer.engine.batch import UNKNOWN, Shape
 from crosslayer.engine.prepared import PreparedModel
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.engine.transfer import pack, unpack
@@ -67,27 +67,43 @@ def test_random_plans_and_schedules(data: st.DataObject) -> None:
     compare(random_model(tiny_config(plan)), schedule, data.draw(st.sampled_from([1, 2, 5]), label="block size"))
 
 
-@pytest.mark.parametrize("plan", ["cla2", "yoco:window=5", "fusedkv-lite"])
+ONE_EACH = [([1, 1, 1], [True] * 3), ([1, 0, 1], [True] * 3), ([0, 1, 0], [True] * 3), *[([1, 1, 1], [True] * 3)] * 8]
+MIXED = [
+    ([5, 1, 3], [False, True, True]),
+    ([0, 1, 0], [False] * 3),
+    ([1, 1, 1], [True, False, True]),
+    ([0, 9, 1], [True, True, False]),  # all the tokens that there are
+    ([2, 1, 0], [True] * 3),
+]
+
+
+@pytest.mark.parametrize("plan", ["cla2", "yoco:window=5", "fusedkv-lite", "identity"])
+@pytest.mark.parametrize(("shape", "steps"), [(Shape(5, 5), ONE_EACH), (Shape(10, 4), MIXED), (Shape(10, 3), MIXED)])
 @torch.no_grad()
-def test_rows_that_fill_up_change_nothing(plan: str) -> None:
-    """A step of a fixed number of rows, as in a CUDA graph: the shapes are always the same, and so are the pools."""
+def test_what_fills_up_a_shape_changes_nothing(
+    plan: str, shape: Shape, steps: list[tuple[list[int], list[bool]]]
+) -> None:
+    """A step of a fixed shape, as in a CUDA graph: the arrays always have the same shapes, and logits and pools are the
+    same."""
     model = random_model(tiny_config(plan))
     tokens = random_tokens(model, 3, 30)
     plain, filled = (Rows(model, 3, 4, 30) for _ in range(2))
     for rows in (plain, filled):
         rows.feed(tokens, [7, 2, 5], [False] * 3)
-    shapes = set()
-    for new in ([1, 1, 1], [1, 0, 1], [0, 1, 0], *([1, 1, 1] for _ in range(8))):
-        expected = plain.feed(tokens, new, [True] * 3)
-        actual = filled.feed(tokens, new, [True] * 3, num_rows=5)
-        assert len(actual) == 5
-        assert_close(actual[: sum(new)], expected, str(new))
+    described = []
+    for new, wanted in steps:
+        expected = plain.feed(tokens, new, wanted)
+        actual = filled.feed(tokens, new, wanted, shape)
+        assert len(actual) == shape.rows
+        if len(expected):
+            assert_close(actual[: len(expected)], expected, str(new))
         for ours, theirs in zip(filled.cache.keys.values(), plain.cache.keys.values(), strict=True):
             assert_close(ours, theirs, str(new))
-        host = filled.builder.on_host(
-            [Scheduled(s, 1, True) for s, n in zip(filled.sequences, new, strict=True) if n], 5
-        )
-        shapes.add(tuple((name, array.shape, str(array.dtype)) for name, array in host.arrays.items()))
+        asked = [row for row, (count, draws) in enumerate(zip(new, wanted, strict=True)) if count and draws]
+        assert filled.batch.drawing_slots.tolist() == asked + [3] * (shape.rows - len(asked))
+        described.append(filled.host.arrays)
+    described.append(filled.builder.on_host([], shape).arrays)
+    shapes = {tuple((name, array.shape, str(array.dtype)) for name, array in arrays.items()) for arrays in described}
     assert len(shapes) == 1
 
 

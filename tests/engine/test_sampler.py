@@ -34,7 +34,7 @@ def drawing(
 
 
 def results(logits: Tensor, rows: list[Sequence]) -> list[tuple[int, TokenLogprobs | None]]:
-    return Draws(draw(logits, rows)).result()
+    return Draws.of(draw(logits, rows)).result()
 
 
 def tokens(logits: Tensor, rows: list[Sequence]) -> list[int]:

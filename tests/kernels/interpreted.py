@@ -21,12 +21,14 @@ from crosslayer.kernels import (
     swiglu,
 )
 from crosslayer.kernels.cross_entropy_triton import launch_cross_entropy
+from crosslayer.kernels.exchange_triton import fetch, give
 from crosslayer.kernels.paged_attention_launch import Tiles, launch_paged_attention
 from crosslayer.kernels.rope_store_triton import launch_rope_store
 from crosslayer.kernels.swiglu_triton import launch_swiglu
 from crosslayer.kernels.tokens_triton import launch_embed, launch_likeliest
 from tests.kernels import (
     test_cross_entropy,
+    test_exchange,
     test_few_rows,
     test_paged_attention,
     test_rope_store,
@@ -91,6 +93,11 @@ def test_rope_store_kernel(
 def test_swiglu_kernel(shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swiglu, "swiglu_in_pytorch", launch_swiglu)
     test_swiglu.check(*shape, "cpu", dtype)
+
+
+@pytest.mark.parametrize("count", [1, 7, 1500])
+def test_exchange_kernels(count: int) -> None:
+    test_exchange.check("cpu", count, fetch, give)
 
 
 def test_tokens_kernels() -> None:
