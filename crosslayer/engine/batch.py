@@ -117,7 +117,7 @@ class BatchBuilder:
         size = self.cache.block_size
         for span, tables in self._tables.items():
             tables.follow(slots, [sequence.tables[span] for sequence in sequences])
-            table, firsts = tables.of(row_slots, None if shape is None else self.cache.blocks_of_row(span))
+            table, firsts = tables.of(row_slots, None if shape is None else self.cache.blocks_of_row(span, most_new))
             blocks = table[row_of, positions // size - firsts[row_of]].astype(np.int64)
             places = _filled(blocks * size + positions % size, num_tokens, UNKNOWN)
             arrays |= {f"places {span}": places, f"firsts {span}": firsts, f"tables {span}": table}

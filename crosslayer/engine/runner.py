@@ -71,8 +71,9 @@ class Runner:
             batch = self.builder.on_device(host, unpack(packed, host.arrays))
             logits, tokens = self.compute(batch)
         else:
-            batch = self._graphs[shape].batch
-            logits, tokens, on_host = self._graphs[shape](host)
+            graphed = self._graphs[shape]
+            logits, tokens, on_host = graphed(host)
+            batch = graphed.batch
         count = len(drawing)
         if not all(sequence.request.params.is_plain for sequence in drawing):
             drawn = draw(logits[:count], drawing)

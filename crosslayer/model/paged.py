@@ -77,9 +77,9 @@ class PagedCache:
         """Bytes allocated for keys and values."""
         return sum(pool.nbytes for pool in (*self.keys.values(), *self.values.values()))
 
-    def blocks_of_row(self, span: int) -> int:
-        """The most blocks of a span that a sequence holds while it gains one token at a time."""
-        return _blocks_held(span, self.block_size, self.max_length)
+    def blocks_of_row(self, span: int, most_new: int) -> int:
+        """The most blocks of a span that a sequence holds while it gains up to so many tokens at a time."""
+        return _blocks_held(min(span + most_new - 1, self.max_length), self.block_size, self.max_length)
 
 
 def slots_of_spans(config: ModelConfig, max_length: int) -> dict[int, int]:

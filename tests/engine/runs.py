@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
 from crosslayer.engine import Engine, EngineConfig, Output, Request, SamplingParams
+from crosslayer.engine.batch import Batch, HostBatch, Shape
+from crosslayer.engine.graphs import Computed, graph_shapes
+from crosslayer.engine.runner import Runner
+from crosslayer.engine.sampler import OnHost
+from crosslayer.engine.transfer import pack, unpack
 from crosslayer.model import Transformer
 from crosslayer.model.paged import sequence_bytes
 from tests.conftest import tiny_config
@@ -24,14 +30,37 @@ def model_of(plan: str, **changes: int) -> Transformer:
 def small_engine(
     model: Transformer, sequences: float = 3.0, max_length: int = MAX_LENGTH, *, overlaps: bool = False, **config: int
 ) -> Engine:
-    """An engine with room for so many sequences of `max_length` tokens; `overlaps`: in the order of steps of a GPU."""
+    """An engine with room for so many sequences of `max_length` tokens; `overlaps`: in the order and
+    the shapes of the steps of a GPU."""
     size = config.get("block_size", 4)
     nbytes = int(sequences * sequence_bytes(model.config, size, max_length, torch.float32))
     engine = Engine(
         model, config=EngineConfig(**{"block_size": 4, "max_length": max_length, "cache_bytes": nbytes, **config})
     )
     engine.runner.overlaps = overlaps
+    if overlaps:
+        shapes = graph_shapes(engine.runner.builder.filler_slot)
+        engine.runner._graphs = {shape: Uncaptured(engine.runner, shape) for shape in shapes}  # type: ignore[misc]
     return engine
+
+
+class Uncaptured:
+    """In place of a CUDA graph: the same arrays, which must have the graph's shapes, but its launches one by one."""
+
+    batch: Batch
+
+    def __init__(self, runner: Runner, shape: Shape) -> None:
+        self._runner, self._shape = runner, shape
+
+    def __call__(self, host: HostBatch) -> Computed:
+        assert self._shapes(host) == self._shapes(self._runner.builder.on_host([], self._shape))
+        self.batch = self._runner.builder.on_device(host, unpack(pack(host.arrays, pinned=False), host.arrays))
+        logits, tokens = self._runner.compute(self.batch)
+        return Computed(logits, tokens, OnHost(tokens, None))
+
+    @staticmethod
+    def _shapes(host: HostBatch) -> tuple[Any, ...]:
+        return (host.most_new, *((name, array.shape, array.dtype) for name, array in host.arrays.items()))
 
 
 def run(engine: Engine, requests: Sequence[Request], arrivals: Sequence[int] = ()) -> dict[tuple[str, int], list[int]]:
