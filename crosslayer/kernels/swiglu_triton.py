@@ -8,8 +8,9 @@ from torch import Tensor
 from crosslayer.kernels.dependent_launch_triton import dependent_launch, follow
 from crosslayer.kernels.rms_triton import inverse_rms
 
-# Up to so many rows, more programs of fewer columns each are done sooner, though each reads the residual anew.
-NARROW_UP_TO = 512
+# Up to so many rows, more programs of fewer columns each are done sooner, though each reads the residual anew. With
+# more, one for a whole row is, unless its registers would not hold that.
+NARROW_UP_TO, WIDEST = 512, 8192
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def swiglu_kernel(
 def launch_swiglu(gate_up: Tensor, residual: Tensor, eps: float) -> Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     output = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    block, num_warps = (1024, 4) if rows <= NARROW_UP_TO else (2048, 8)
+    block, num_warps = (1024, 4) if rows <= NARROW_UP_TO else (min(triton.next_power_of_2(width), WIDEST), 8)
     if rows:
         swiglu_kernel[(rows, triton.cdiv(width, block))](
             gate_up,

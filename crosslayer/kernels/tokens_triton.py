@@ -1,4 +1,8 @@
-"""The Triton kernels of `tokens`: a program per token."""
+"""The Triton kernels of `tokens`.
+
+A program embeds a token. Where few tokens are drawn, several programs look for each: they have a part of the logits,
+and the one that is done last compares what they have found.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosslayer.kernels.counters import counters
 from crosslayer.kernels.dependent_launch_triton import dependent_launch, follow
 
 LARGE = 4096  # logits at a time
+# About so many programs look for the likeliest tokens, at most so many of them for the same.
+PROGRAMS, MOST_PARTS = 256, 16
 
 
 def launch_embed(
@@ -30,11 +37,16 @@ def launch_embed(
 
 def launch_likeliest(logits: Tensor, slots: Tensor, last: Tensor) -> Tensor:
     count, vocab_size = logits.shape
-    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
+    device = logits.device
+    tokens = torch.empty(count, dtype=torch.int64, device=device)
     if count:
-        likeliest_kernel[(count,)](
-            logits, slots, last, tokens, logits.stride(0), SIZE=vocab_size, LARGE=LARGE, num_warps=8,
-            **dependent_launch(logits),
+        parts = min(MOST_PARTS, PROGRAMS // count, triton.cdiv(vocab_size, LARGE))
+        parts = 1 << max(parts, 1).bit_length() - 1  # a power of two
+        tops = torch.empty(count * parts, dtype=torch.float32, device=device)
+        found = torch.empty(count * parts, dtype=torch.int32, device=device)
+        likeliest_kernel[(count, parts)](
+            logits, slots, last, tokens, tops, found, counters(device, count), logits.stride(0), SIZE=vocab_size,
+            LARGE=LARGE, PARTS=parts, num_warps=8, **dependent_launch(logits),
         )  # fmt: skip
     return tokens
 
@@ -61,19 +73,41 @@ def embed_kernel(
 
 
 @triton.jit
-def likeliest_kernel(logits, slots, last, tokens, stride, SIZE: tl.constexpr, LARGE: tl.constexpr, PDL: tl.constexpr):
+def likeliest_kernel(
+    logits, slots, last, tokens, tops, founds, arrived, stride,
+    SIZE: tl.constexpr, LARGE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`tops` and `founds` [rows, PARTS] are room for what each part has; `arrived` [rows] counts the parts that are
+    done, and is zeros before and after."""
     follow(PDL)
-    n = tl.program_id(0).to(tl.int64)
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    PART: tl.constexpr = (SIZE + PARTS - 1) // PARTS
     column = tl.arange(0, LARGE)
     # Each place keeps its own largest so far, and the column it came from.
     top = tl.full((LARGE,), -float("inf"), tl.float32)
     found = tl.zeros((LARGE,), tl.int32)
-    for start in tl.range(0, SIZE, LARGE):
-        inside = start + column < SIZE
+    end = tl.minimum((part + 1) * PART, SIZE)
+    for start in tl.range(part * PART, end, LARGE):
+        inside = start + column < end
         value = tl.load(logits + n * stride + start + column, mask=inside, other=-float("inf")).to(tl.float32)
         higher = value > top
         top = tl.where(higher, value, top)
         found = tl.where(higher, start + column, found)
-    token = tl.min(tl.where(top == tl.max(top, 0), found, SIZE - 1), 0).to(tl.int64)
-    tl.store(tokens + n, token)
-    tl.store(last + tl.load(slots + n), token)
+    highest = tl.max(top, 0)
+    token = tl.min(tl.where(top == highest, found, SIZE - 1), 0)
+    is_last = True
+    if PARTS > 1:
+        tl.store(tops + n * PARTS + part, highest)
+        tl.store(founds + n * PARTS + part, token)
+        tl.debug_barrier()  # what is written is there before this program says so
+        is_last = tl.atomic_add(arrived + n, 1, sem="acq_rel") == PARTS - 1
+        if is_last:
+            tl.store(arrived + n, 0)
+            # Another processor has written them: not what may lie in this one's own cache.
+            each = n * PARTS + tl.arange(0, PARTS)
+            highests = tl.load(tops + each, cache_modifier=".cg")
+            tokens_found = tl.load(founds + each, cache_modifier=".cg")
+            token = tl.min(tl.where(highests == tl.max(highests, 0), tokens_found, SIZE - 1), 0)
+    if is_last:
+        tl.store(tokens + n, token.to(tl.int64))
+        tl.store(last + tl.load(slots + n), token.to(tl.int64))

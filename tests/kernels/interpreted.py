@@ -104,6 +104,8 @@ def test_tokens_kernels() -> None:
     test_tokens.check_embed("cpu", torch.float32, 12, 5, launch_embed)
     for vocab_size in (50, 4096, 4097):
         test_tokens.check_likeliest("cpu", torch.float32, vocab_size, launch_likeliest)
+    for rows in (1, 130):
+        test_tokens.check_likeliest_of_rows("cpu", rows, launch_likeliest)
 
 
 @pytest.mark.parametrize(("dtype", "n"), [(torch.float32, 3), (torch.bfloat16, 1)])

@@ -36,6 +36,6 @@ def test_in_pytorch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES, (700, 2048, 5504)])
+@pytest.mark.parametrize("shape", [*SHAPES, (700, 2048, 5504), (600, 64, 9000)])
 def test_on_gpu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check(*shape, "cuda", dtype)

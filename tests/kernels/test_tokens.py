@@ -38,10 +38,23 @@ def check_likeliest(device: str, dtype: torch.dtype, vocab_size: int, likeliest:
     assert last.tolist() == [tokens[1], 77, tokens[2], tokens[0], 77, tokens[3]]
 
 
+def check_likeliest_of_rows(device: str, rows: int, likeliest: Callable[..., Tensor]) -> None:
+    logits = torch.randn(rows, 9000, generator=torch.Generator().manual_seed(rows))
+    slots = torch.randperm(rows + 3, generator=torch.Generator().manual_seed(0))[:rows]
+    last = torch.full((rows + 3,), 77, device=device)
+    for _ in range(2):
+        tokens = likeliest(logits.to(device), slots.to(device), last)
+        assert torch.equal(tokens.cpu(), logits.argmax(1))
+        assert torch.equal(last.cpu()[slots], logits.argmax(1))
+        assert (last == 77).sum() == 3
+        logits = -logits
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_pytorch(dtype: torch.dtype) -> None:
     check_embed("cpu", dtype, 12, 5, embed)
     check_likeliest("cpu", dtype, 50, likeliest)
+    check_likeliest_of_rows("cpu", 7, likeliest)
 
 
 @needs_cuda
@@ -51,3 +64,5 @@ def test_on_gpu(dtype: torch.dtype) -> None:
         check_embed("cuda", dtype, hidden, half, embed)
     for vocab_size in (50, 4096, 4097, 50304):
         check_likeliest("cuda", dtype, vocab_size, likeliest)
+    for rows in (1, 2, 7, 100, 300, 5000):
+        check_likeliest_of_rows("cuda", rows, likeliest)
