@@ -37,7 +37,7 @@ def table(points: Sequence[Point]) -> str:
 def draw(points: Sequence[Point]) -> Figure:
     """A row of two panels for each kind of requests. Colours are designs; what is hatched or dashed has an fp8 cache.
 
-    What was not measured is left out. Dots are medians, with a line up to the 90% quantile; a hollow one is a lower
+    What was not measured is left out, and a rate that cannot last is marked. Dots are medians, with a line up to the 90% quantile; a hollow one is a lower
     bound, because somebody still waited when the time was over.
     """
     mixes = list(dict.fromkeys(point["mix"] for point in points))
@@ -56,7 +56,8 @@ def draw(points: Sequence[Point]) -> Figure:
             for point in own:
                 _draw_waits(right, point["load"], {"color": colour, "linestyle": "--" if eight_bits else "-"})
         left.set_xticks(range(len(pools)), [format_bytes(pool) for pool in pools])
-        left.set_xlabel("memory for keys and values (numbers: sequences running)")
+        marked = any(_empties(point) for point in points if point["mix"] == mix)
+        left.set_xlabel(f"memory for keys and values (numbers: sequences running{'; *: cannot last' * marked})")
         left.set_ylabel("tokens per second")
         left.set_title(f"{mix}: throughput", fontsize=10, loc="left")
         left.set_xlim(-0.6, len(pools) - 0.4)
@@ -82,7 +83,13 @@ def _draw_rates(
     width = min(0.3, 0.8 / count)
     left = [pools.index(point["pool"]) + (number - (count - 1) / 2) * width for point in points]
     bars = axes.bar(left, [point["tokens_per_second"] for point in points], 0.92 * width, **style)
-    axes.bar_label(bars, [f"{point['running']:.0f}" for point in points], padding=2, fontsize=8)
+    labels = [f"{point['running']:.0f}{'*' * _empties(point)}" for point in points]
+    axes.bar_label(bars, labels, padding=2, fontsize=8)
+
+
+def _empties(point: Point) -> bool:
+    """Whether many more requests ended than began, so that the pool would soon be empty."""
+    return bool(point.get("ended_per_second", 0) > 1.5 * point.get("begun_per_second", 0))
 
 
 def _draw_waits(axes: Axes, loads: Sequence[Point], style: dict[str, Any]) -> None:
