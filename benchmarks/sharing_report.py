@@ -37,8 +37,8 @@ def table(points: Sequence[Point]) -> str:
 def draw(points: Sequence[Point]) -> Figure:
     """A row of two panels for each kind of requests. Colours are designs; what is hatched or dashed has an fp8 cache.
 
-    What was not measured is left out, and a rate that cannot last is marked. Dots are medians, with a line up to the 90% quantile; a hollow one is a lower
-    bound, because somebody still waited when the time was over.
+    What was not measured is left out, and a rate that cannot last is marked. Dots are medians, with a line up to the
+    90% quantile; a hollow one is a lower bound, because somebody still waited when the time was over.
     """
     mixes = list(dict.fromkeys(point["mix"] for point in points))
     figure = Figure(figsize=(11, 3.6 * len(mixes)), layout="constrained")
