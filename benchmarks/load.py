@@ -29,11 +29,23 @@ Lengths = Callable[[random.Random], int]
 
 
 def parse_lengths(text: str, longest: int) -> Lengths:
-    if text.startswith("lognormal:"):
-        median, sigma = map(float, text.split(":")[1:])
-        return lambda rng: max(1, min(longest, round(rng.lognormvariate(math.log(median), sigma))))
-    low, _, high = text.partition(":")
-    return lambda rng: min(longest, rng.randint(int(low), int(high or low)))
+    """A distribution as it is written on the command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        if text.startswith("lognormal:"):
+            median, sigma = map(float, text.split(":")[1:])
+            middle = math.log(median)
+            return lambda rng: max(1, min(longest, round(rng.lognormvariate(middle, sigma))))
+        low, colon, high = text.partition(":")
+        bounds = int(low), int(high if colon else low)
+        if not 1 <= bounds[0] <= bounds[1]:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"lengths are a number, A:B or lognormal:MEDIAN:SIGMA, got {text!r}") from None
+    return lambda rng: min(longest, rng.randint(*bounds))
 
 
 def arrivals(rate: float, seconds: float, rng: random.Random, *, poisson: bool = True) -> Iterator[float]:
@@ -197,7 +209,9 @@ def report(result: dict[str, Any]) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("url")
     parser.add_argument("--model", required=True)
     load = parser.add_mutually_exclusive_group(required=True)
@@ -216,7 +230,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--api-key")
     parser.add_argument("--pid", type=int, help="also watch the memory of this process, on Linux")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for option in ("prompt_tokens", "output_tokens"):
+        try:
+            parse_lengths(getattr(arguments, option), arguments.longest)
+        except ValueError as error:
+            parser.error(f"--{option.replace('_', '-')}: {error}")
+    return arguments
 
 
 def main() -> None:

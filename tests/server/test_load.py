@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import measure, parse, percentiles
+from benchmarks.load import measure, parse, parse_lengths, percentiles
 from tests.server.servers import save_folder
 
 
@@ -21,6 +23,26 @@ def test_percentiles() -> None:
         {"p50": 50, "p90": 90, "p99": 99, "max": 100}
     )
     assert percentiles([]) == {}
+
+
+def test_lengths_stay_within_their_bounds() -> None:
+    rng = random.Random(0)
+    drawn = {
+        text: [parse_lengths(text, 50)(rng) for _ in range(2000)] for text in ("7", "3:9", "40:90", "lognormal:20:1")
+    }
+    assert {*drawn["7"]} == {7}
+    assert {*drawn["3:9"]} == {*range(3, 10)}
+    assert {*drawn["40:90"]} == {*range(40, 51)}
+    assert min(drawn["lognormal:20:1"]) >= 1
+    assert max(drawn["lognormal:20:1"]) == 50
+    assert statistics.median(drawn["lognormal:20:1"]) == pytest.approx(20, abs=2)
+
+
+@pytest.mark.parametrize("text", ["", "out.json", "0", "9:3", "3:", "lognormal:20", "lognormal:0:1", "lognormal:a:1"])
+def test_other_lengths_are_refused_at_once(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(["http://127.0.0.1:1", "--model", "tiny", "--clients", "1", f"--output-tokens={text}"])
+    assert f"lengths are a number, A:B or lognormal:MEDIAN:SIGMA, got {text!r}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
