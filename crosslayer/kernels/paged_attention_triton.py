@@ -12,6 +12,7 @@ In the kernels a row's keys are counted from the first block it still has.
 import triton
 import triton.language as tl
 
+from crosslayer.kernels.counters_triton import arrives_last
 from crosslayer.kernels.dependent_launch_triton import follow, let_next_begin, wait_for_previous
 
 # The score of a key that may not be seen. It is finite, so that no -inf - -inf is a NaN: a query that has not seen any
@@ -309,9 +310,7 @@ def one_query_kernel(
     else:
         tl.store(partial_sums + program.to(tl.int64) * (HEADS * DIM) + place, sums / total[:, None], mask=inside)
         tl.store(partial_scores + program * HEADS + heads, top + tl.log2(total), mask=mine)
-        tl.debug_barrier()  # what all threads have written is there before one of them says so
-        if tl.atomic_add(arrived + row * GROUPS + group, 1, sem="acq_rel") == used - 1:
-            tl.store(arrived + row * GROUPS + group, 0)
+        if arrives_last(arrived + row * GROUPS + group, used):
             partial_sums += first.to(tl.int64) * (HEADS * DIM)
             partial_scores += first * HEADS
             total, sums = _combine(partial_scores, partial_sums, used, place, heads, mine, inside, HEADS, DIM, 4)

@@ -11,6 +11,7 @@ as soon as a processor has room for it, and only then waits for the kernels befo
 import triton
 import triton.language as tl
 
+from crosslayer.kernels.counters_triton import arrives_last
 from crosslayer.kernels.dependent_launch_triton import let_next_begin, wait_for_previous
 from crosslayer.kernels.rope_store_triton import store_new, store_pair
 
@@ -133,14 +134,11 @@ def _multiply(
         tl.store(parts + split * PART + place, total)
         if SQUARES:
             tl.store(parts + split * PART + ROWS * TOKENS + token, sums)
-        tl.debug_barrier()  # what all threads have written is there before one of them says so
-        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
+        last = arrives_last(arrived + tile, SPLITS)
         if last:
-            tl.store(arrived + tile, 0)
             total = tl.zeros((ROWS, TOKENS), tl.float32)
             sums = tl.zeros((TOKENS,), tl.float32)
             for part in tl.static_range(SPLITS):
-                # Another processor has written them: not what may lie in this one's own cache.
                 total += tl.load(parts + part * PART + place, cache_modifier=".cg")
                 if SQUARES:
                     sums += tl.load(parts + part * PART + ROWS * TOKENS + token, cache_modifier=".cg")

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosslayer.kernels.counters import counters
+from crosslayer.kernels.counters_triton import arrives_last
 from crosslayer.kernels.dependent_launch_triton import dependent_launch, follow
 
 LARGE = 4096  # logits at a time
@@ -99,11 +100,8 @@ def likeliest_kernel(
     if PARTS > 1:
         tl.store(tops + n * PARTS + part, highest)
         tl.store(founds + n * PARTS + part, token)
-        tl.debug_barrier()  # what is written is there before this program says so
-        is_last = tl.atomic_add(arrived + n, 1, sem="acq_rel") == PARTS - 1
+        is_last = arrives_last(arrived + n, PARTS)
         if is_last:
-            tl.store(arrived + n, 0)
-            # Another processor has written them: not what may lie in this one's own cache.
             each = n * PARTS + tl.arange(0, PARTS)
             highests = tl.load(tops + each, cache_modifier=".cg")
             tokens_found = tl.load(founds + each, cache_modifier=".cg")
