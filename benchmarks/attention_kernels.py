@@ -13,7 +13,6 @@ error is the largest one of the last query of the first and the last row, by the
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +35,7 @@ from benchmarks.attention_peers import (
 )
 from benchmarks.gpu import copy_rate, in_a_graph, matmul_rate, median_seconds
 from crosslayer.environment import describe_environment
+from crosslayer.files import write_json
 from crosslayer.kernels.paged_attention import AttentionRows
 from crosslayer.kernels.paged_attention_launch import (
     Tiles,
@@ -191,7 +191,7 @@ def main() -> None:
                 row["share_of_copy"] = row["bytes_per_second"] / copies
                 row["share_of_matmul"] = row["flops_per_second"] / products
             results["rows"].append(row)
-            arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+            write_json(arguments.out, results)
             told = row.get("failed") or (
                 f"{row['microseconds']:>8.1f} us  {row['bytes_per_second'] / 1e9:>5.0f} GB/s"
                 f" {row['share_of_copy']:>4.0%}  {row['flops_per_second'] / 1e12:>4.0f} TFLOP/s"

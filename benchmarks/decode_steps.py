@@ -71,7 +71,7 @@ def step_of(runner: Runner, rows: int, length: int) -> Callable[[], object]:
     if runner.overlaps:
         graphed = capture(runner.compute, runner.builder, [Shape(rows, rows)])[rows, rows]
         place_sequences(runner, graphed.batch, length)
-        graphed.exchange.batches.copy_(graphed.packed)  # from where each replay fetches it again
+        graphed.exchange.batches.copy_(graphed.exchange.packed)  # from where each replay fetches it again
         return graphed.graph.replay
     host = runner.builder.on_host([], Shape(rows, rows))
     batch = runner.builder.on_device(host, unpack(pack(host.arrays, pinned=False), host.arrays))

@@ -10,7 +10,6 @@ sequences start together, so they take their blocks in the same steps, and end i
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -25,6 +24,7 @@ from crosslayer.engine import Engine, EngineConfig, Request, SamplingParams
 from crosslayer.engine.sampler import Drawn, Draws
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.environment import describe_environment
+from crosslayer.files import write_json
 from crosslayer.model import Transformer
 from crosslayer.plan import ModelConfig, parse_plan
 
@@ -97,7 +97,7 @@ def main() -> None:
                     f"{row['us_per_token']:10.2f} {row['median_step_ms']:9.3f} ms {row['slowest_step_ms']:10.3f} ms",
                     flush=True,
                 )
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ the same bounds, and all requests wait from the start. Each line has the blocks 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from crosslayer.engine import Request, blocks
 from crosslayer.engine.blocks import BlockManager
 from crosslayer.engine.request import Sequence
 from crosslayer.engine.scheduler import Scheduler
 from crosslayer.environment import describe_environment
+from crosslayer.files import write_json
 
 BLOCK_SIZE = 32
 STEP_TOKENS = 8192
@@ -56,13 +56,8 @@ LOADS = (
 )
 
 
-@contextmanager
-def keeping_none_free() -> Iterator[None]:
-    before, blocks.SPREAD = blocks.SPREAD, 0.0
-    try:
-        yield
-    finally:
-        blocks.SPREAD = before
+def keeping_none_free() -> AbstractContextManager[Any]:
+    return patch.object(blocks, "SPREAD", 0.0)
 
 
 def simulate(load: Load, seed: int = 0) -> Outcome:
@@ -108,7 +103,7 @@ def main() -> None:
         for outcome in (kept, none):
             line += f" | {outcome.preemptions:9,} {outcome.repeated:6.1%} {outcome.running:7.1f}"
         print(line, flush=True)
-    arguments.out.write_text(json.dumps({"environment": describe_environment(), "rows": rows}, indent=1) + "\n")
+    write_json(arguments.out, {"environment": describe_environment(), "rows": rows})
 
 
 if __name__ == "__main__":

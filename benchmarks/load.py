@@ -219,8 +219,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     load.add_argument("--rate", type=float, help="requests a second")
     parser.add_argument("--arrivals", choices=("fixed", "poisson"), default="poisson", help="with --rate")
     parser.add_argument("--seconds", type=float, default=60, help="in which requests begin")
-    parser.add_argument("--prompt-tokens", default="lognormal:64:1")
-    parser.add_argument("--output-tokens", default="lognormal:64:1")
+    parser.add_argument("--prompt-tokens", type=_lengths, default="lognormal:64:1")
+    parser.add_argument("--output-tokens", type=_lengths, default="lognormal:64:1")
     parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt, and of an output")
     parser.add_argument("--vocab-size", type=int, default=256, help="prompts are of token ids below it")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -230,13 +230,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--api-key")
     parser.add_argument("--pid", type=int, help="also watch the memory of this process, on Linux")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args(argv)
-    for option in ("prompt_tokens", "output_tokens"):
-        try:
-            parse_lengths(getattr(arguments, option), arguments.longest)
-        except ValueError as error:
-            parser.error(f"--{option.replace('_', '-')}: {error}")
-    return arguments
+    return parser.parse_args(argv)
+
+
+def _lengths(text: str) -> str:
+    """Refused if they are none; kept as they are written, for the results."""
+    try:
+        parse_lengths(text, longest=1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def main() -> None:

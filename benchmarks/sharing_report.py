@@ -28,8 +28,7 @@ def table(points: Sequence[Point]) -> str:
         )
         dtype = point["cache_dtype"].replace("auto", "bf16")
         row = [point["mix"], format_bytes(point["pool"]), point["design"], dtype, f"{point['running']:.0f}"]
-        rates = [point.get(f"{what}_per_second") for what in ("begun", "ended")]  # earlier results lack them
-        row.append(", ".join(f"{rate:.1f}" for rate in rates if rate is not None))
+        row.append(f"{point['begun_per_second']:.1f}, {point['ended_per_second']:.1f}")
         lines.append(f"| {' | '.join(row)} | {point['tokens_per_second']:,.0f} | {loads} |")
     return "\n".join(lines)
 
@@ -89,7 +88,7 @@ def _draw_rates(
 
 def _empties(point: Point) -> bool:
     """Whether many more requests ended than began, so that the pool would soon be empty."""
-    return bool(point.get("ended_per_second", 0) > 1.5 * point.get("begun_per_second", 0))
+    return bool(point["ended_per_second"] > 1.5 * point["begun_per_second"])
 
 
 def _draw_waits(axes: Axes, loads: Sequence[Point], style: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ gradients and AdamW's moments are in them. Groups are those of the plan: single 
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from typing import Any, get_args
 from benchmarks.gpu import matmul_rate
 from benchmarks.train_speed import flops_per_token, measure, our_step
 from crosslayer.environment import describe_environment
+from crosslayer.files import write_json
 from crosslayer.plan.presets import parse_design, preset
 from crosslayer.plan.training_memory import Recompute, training_memory
 
@@ -50,7 +50,7 @@ def main() -> None:
         make = partial(our_step, config, LENGTH, batch, micro, recompute)
         row |= measure(make, batch * LENGTH, flops_per_token(config, LENGTH), ceiling, timed=3)
         results["rows"].append(row)
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.out, results)
         told = row.get("error") or f"{row['peak_gib']:5.2f} GiB, {row['tokens_per_second']:>7,.0f} tokens/s"
         case = f"{name} {design:15}{batch:3} x {LENGTH} by {micro:<3}{recompute:6}"
         print(f"{case} expected {row['expected_peak_gib']:5.2f}, measured {told}", flush=True)

@@ -9,7 +9,6 @@ with their matrices divided among them (tensor parallelism), on as many sequence
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.gpu import matmul_rate
 from benchmarks.train_speed import flops_per_token, measure, our_step
 from crosslayer.environment import describe_environment
+from crosslayer.files import write_json
 from crosslayer.plan.presets import parse_design, preset
 
 LENGTH = 2048
@@ -62,7 +62,7 @@ def main() -> None:
             alone = alone or rate
             row["times_one_gpu"] = rate / alone if alone else None
             results["rows"].append(row)
-            arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write_json(arguments.out, results)
             told = row.get("error") or f"{rate:>9,.0f} tokens/s ({rate / alone:.2f} x one), {row['peak_gib']:.1f} GiB"
             case = f"{gpus} GPU(s), TP {ways}  {design:15}{batch * gpus:4} x {LENGTH} by {micro:<4}"
             print(f"{case}{told}, first step {row.get('first_step_seconds', 0):.0f} s", flush=True)

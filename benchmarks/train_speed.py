@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import matmul_rate, random_model, seconds
 from crosslayer.data import Batch
 from crosslayer.environment import describe_environment
+from crosslayer.files import write_json
 from crosslayer.plan import ModelConfig
 from crosslayer.plan.cost import num_parameters
 from crosslayer.plan.presets import parse_design, preset
@@ -178,14 +178,14 @@ def main() -> None:
             flops, ceiling = flops_per_token(config, length), results["matmul_tflops"] * 1e12
             row |= measure(make, batch * length, flops, ceiling)
             results["rows"].append(row)
-            arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+            write_json(arguments.out, results)
             told = row.get("error") or (
                 f"{row['tokens_per_second']:>10,.0f} tokens/s  {row['tflops']:4.0f} TFLOP/s "
                 f"{row['share_of_matmul']:6.1%}  {row['peak_gib']:5.1f} GiB  first {row['first_step_seconds']:.1f} s"
             )
             print(f"{name:6}{row['who']:13}{design:15}{batch:4} x {length} by {micro:<4}{told}", flush=True)
     results["matmul_tflops_after"] = matmul_rate() / 1e12
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(arguments.out, results)
     print(f"8192^3 bf16 matmul again: {results['matmul_tflops_after']:.0f} TFLOP/s")
 
 

@@ -107,13 +107,15 @@ class BatchBuilder:
             "starts": np.concatenate(([0], row_new.cumsum())).astype(np.int32),
             "lengths": lengths,
         }
-        asked = np.flatnonzero(draws)
-        num_asked = len(asked) if shape is None else num_rows
+        wanted = None  # rows, unless all are
         if not one_each:
-            arrays["wanted"] = _filled(ends[asked] - 1, num_asked, 0)
-            arrays["wanted slots"] = _filled(row_slots[asked], num_asked, self.filler_slot)
-            arrays["wanted starts"] = np.arange(num_asked + 1, dtype=np.int32)
-            arrays["wanted lengths"] = _filled(lengths[asked], num_asked, 0)
+            asked = np.flatnonzero(draws)
+            num_wanted = len(asked) if shape is None else num_rows
+            wanted = _filled(asked, num_wanted, 0)
+            arrays["wanted"] = _filled(ends[asked] - 1, num_wanted, 0)
+            arrays["wanted slots"] = _filled(row_slots[asked], num_wanted, self.filler_slot)
+            arrays["wanted starts"] = np.arange(num_wanted + 1, dtype=np.int32)
+            arrays["wanted lengths"] = _filled(lengths[asked], num_wanted, 0)
         size = self.cache.block_size
         for span, tables in self._tables.items():
             tables.follow(slots, [sequence.tables[span] for sequence in sequences])
@@ -121,9 +123,8 @@ class BatchBuilder:
             blocks = table[row_of, positions // size - firsts[row_of]].astype(np.int64)
             places = _filled(blocks * size + positions % size, num_tokens, UNKNOWN)
             arrays |= {f"places {span}": places, f"firsts {span}": firsts, f"tables {span}": table}
-            if not one_each:
-                rows = _filled(asked, num_asked, 0)
-                arrays |= {f"wanted firsts {span}": firsts[rows], f"wanted tables {span}": table[rows]}
+            if wanted is not None:
+                arrays |= {f"wanted firsts {span}": firsts[wanted], f"wanted tables {span}": table[wanted]}
         return HostBatch(arrays, most_new)
 
     def on_device(self, host: HostBatch, arrays: Mapping[str, Tensor]) -> Batch:

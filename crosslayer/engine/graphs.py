@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crosslayer.engine.batch import Batch, BatchBuilder, HostBatch, Shape
 from crosslayer.engine.sampler import OnHost
-from crosslayer.engine.transfer import pack, pack_into, packed_bytes, unpack
+from crosslayer.engine.transfer import pack_into, packed_bytes, unpack
 
 MemoryPool = Any  # what torch.cuda.graph_pool_handle() gives
 # With more tokens, a GPU is busy for longer than a CPU needs to launch a step.
@@ -35,9 +35,13 @@ def graph_shapes(max_running: int) -> list[Shape]:
 
 class Exchange:
     """Page-locked memory through which all graphs get batches and give tokens back. There are two places for both, and
-    a step takes the other ones than the step before: the host fills and reads these while the GPU is at that."""
+    a step takes the other ones than the step before: the host fills and reads these while the GPU is at that.
+
+    `packed` is where a batch is on the device: one place for all graphs, of which one runs at a time.
+    """
 
     def __init__(self, device: torch.device, most_bytes: int, most_tokens: int) -> None:
+        self.packed = torch.zeros(most_bytes, dtype=torch.uint8, device=device)
         self.batches = torch.zeros(2, most_bytes, dtype=torch.uint8, pin_memory=True)
         self.tokens = torch.zeros(2, most_tokens, dtype=torch.int64, pin_memory=True)
         # Which are next: the device's own count, as its kernels cannot be told.
@@ -65,26 +69,25 @@ class Computed(NamedTuple):
 
 
 class GraphedStep:
-    """`compute(batch)`, logits and tokens, for steps of a shape. Graphs of the same `memory` share it."""
+    """`compute(batch)`, logits and tokens, for steps of the shapes of `host`. Graphs of the same `memory` share it."""
 
     def __init__(
         self,
         compute: Callable[[Batch], tuple[Tensor, Tensor]],
         builder: BatchBuilder,
-        shape: Shape,
+        host: HostBatch,
         exchange: Exchange,
         memory: MemoryPool,
     ) -> None:
         # Triton is there only where there is a GPU.
         from crosslayer.kernels.exchange_triton import fetch, give
 
-        host = builder.on_host([], shape)
-        self.packed = pack(host.arrays, pinned=False).to(builder.cache.device)
-        self.batch = builder.on_device(host, unpack(self.packed, host.arrays))
+        packed = exchange.packed[: packed_bytes(host.arrays)]
+        self.batch = builder.on_device(host, unpack(packed, host.arrays))
         self.exchange = exchange
 
         def step() -> tuple[Tensor, Tensor]:
-            fetch(exchange.batches, exchange.turn, self.packed)
+            fetch(exchange.batches, exchange.turn, packed)
             logits, tokens = compute(self.batch)
             give(tokens, exchange.tokens, exchange.turn)
             return logits, tokens
@@ -92,9 +95,10 @@ class GraphedStep:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for turn in exchange.batches:
-                pack_into(turn, host.arrays)
-            for _ in exchange.batches:  # compiles kernels, and lets libraries set up what a capture forbids
+            for batch in exchange.batches:
+                pack_into(batch, host.arrays)
+            # Compiles kernels, and lets libraries set up what a capture forbids; twice, so that turns are as before.
+            for _ in exchange.batches:
                 step()
         side.synchronize()  # what it has fetched may be overwritten
         self.graph = torch.cuda.CUDAGraph()
@@ -110,10 +114,12 @@ def capture(
 ) -> dict[Shape, GraphedStep]:
     """A graph for each shape, in their order. They are made the largest first: the others find room for what they
     compute in its memory."""
-    arrays = [builder.on_host([], shape).arrays for shape in shapes]
-    most_bytes = max(map(packed_bytes, arrays), default=0)
+    described = {shape: builder.on_host([], shape) for shape in shapes}
+    most_bytes = max((packed_bytes(host.arrays) for host in described.values()), default=0)
     exchange = Exchange(builder.cache.device, most_bytes, max((shape.rows for shape in shapes), default=0))
     memory = torch.cuda.graph_pool_handle()
-    by_tokens = sorted(shapes, reverse=True)
-    graphs = {shape: GraphedStep(compute, builder, shape, exchange, memory) for shape in by_tokens}
+    graphs = {
+        shape: GraphedStep(compute, builder, described[shape], exchange, memory)
+        for shape in sorted(shapes, reverse=True)
+    }
     return {shape: graphs[shape] for shape in shapes}

@@ -30,8 +30,8 @@ def model_of(plan: str, **changes: int) -> Transformer:
 def small_engine(
     model: Transformer, sequences: float = 3.0, max_length: int = MAX_LENGTH, *, overlaps: bool = False, **config: int
 ) -> Engine:
-    """An engine with room for so many sequences of `max_length` tokens; `overlaps`: in the order and
-    the shapes of the steps of a GPU."""
+    """An engine with room for so many sequences of `max_length` tokens; `overlaps`: in the order and the shapes of the
+    steps of a GPU."""
     size = config.get("block_size", 4)
     nbytes = int(sequences * sequence_bytes(model.config, size, max_length, torch.float32))
     engine = Engine(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crosslayer.engine import blocks
 from crosslayer.model import Transformer
 from crosslayer.model.paged import slots_of_spans
 from tests.conftest import CACHEABLE
@@ -114,6 +117,20 @@ def test_first_come_first_served(overlaps: bool) -> None:
         ended += [output.request_id for output in engine.step() if output.finish_reason]
     assert ended == list("012345")
     assert engine.scheduler.num_preemptions > 0
+
+
+def test_hardly_anybody_is_let_in_only_to_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a full cache and others waiting, as under load. If no blocks were kept free, 44 of these had to."""
+
+    def preemptions() -> int:
+        engine = small_engine(model_of("cla2"), 8)
+        chance = random.Random(0)
+        run(engine, [request(n, [n % 61] * chance.randrange(10, 25), chance.randrange(10, 25)) for n in range(150)])
+        return engine.scheduler.num_preemptions
+
+    assert preemptions() < 20
+    monkeypatch.setattr(blocks, "SPREAD", 0.0)
+    assert preemptions() > 40
 
 
 def test_prompts_and_next_tokens_share_steps_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
