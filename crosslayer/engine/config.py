@@ -14,8 +14,9 @@ CacheDtype = Literal["auto", "fp8"]
 class EngineConfig:
     """How the engine divides memory and time.
 
-    `cache_bytes`: for keys and values (None: 85% of the GPU memory that the model leaves free, or on a CPU 1 GiB or
-    what a sequence of `max_length` tokens needs; never more than `max_running` such sequences need).
+    `cache_bytes`: for keys and values (None: 85% of the GPU memory that the model leaves free, less the logits of all
+    CUDA graphs, or on a CPU 1 GiB or what a sequence of `max_length` tokens needs; never more than `max_running` such
+    sequences need).
     `block_size`: tokens per block.
     `max_length`: tokens of a sequence, prompt and continuation (None: the model's context).
     `max_running`: sequences that are in the cache at a time.

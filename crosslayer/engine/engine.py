@@ -12,7 +12,7 @@ from crosslayer.data import Tokenizer
 from crosslayer.engine.blocks import BlockManager
 from crosslayer.engine.config import EngineConfig
 from crosslayer.engine.request import FinishReason, Output, Request, Sequence, TokenLogprobs
-from crosslayer.engine.runner import Runner
+from crosslayer.engine.runner import Runner, current
 from crosslayer.engine.sampler import Draws
 from crosslayer.engine.scheduler import Scheduled, Scheduler
 from crosslayer.engine.text import TextStream
@@ -30,7 +30,7 @@ class Engine:
     model is. Its weights are copies, so on another device the model need not stay.
 
     Raises:
-        UserError: the cache is too small, or a layer's keys and values are kept for different numbers of tokens.
+        UserError: as `Runner`.
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.max_length = config.max_length or model.config.max_position_embeddings
-        self.runner = Runner(model, config, self.max_length, torch.device(device or model.lm_head.weight.device))
+        place = torch.device(device or model.lm_head.weight.device)
+        with current(place):
+            self.runner = Runner(model, config, self.max_length, place)
         self.blocks = BlockManager(
             self.runner.cache.num_blocks, config.block_size, self.max_length, prefix_caching=config.prefix_caching
         )
@@ -125,6 +127,8 @@ class Engine:
         if not length:
             raise UserError("there is nothing to continue: the prompt has no tokens")
         ids = (*request.prompt, *request.params.stop_token_ids)
+        if not all(isinstance(token, int) for token in ids):
+            raise UserError("token ids must be whole numbers")
         for token in (min(ids), max(ids)):
             if not 0 <= token < config.vocab_size:
                 raise UserError(f"token {token} does not exist: the model knows 0 to {config.vocab_size - 1}")
@@ -163,7 +167,8 @@ class Engine:
         if not step:
             return False
         try:
-            draws = self.runner.launch(step)
+            with current(self.runner.device):
+                draws = self.runner.launch(step)
             self.scheduler.launched(step)
         except BaseException:
             self._drop(step)

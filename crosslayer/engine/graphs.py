@@ -51,10 +51,11 @@ class Exchange:
 
     def run(self, graph: torch.cuda.CUDAGraph, host: HostBatch) -> OnHost:
         """Replay a graph with a batch: where its tokens will be."""
-        turn, self._turn = self._turn, 1 - self._turn
+        turn = self._turn
         self._done[turn].synchronize()  # it is, unless a step before was given up
         pack_into(self.batches[turn], host.arrays)
         graph.replay()
+        self._turn = 1 - turn  # not before: where a launch fails, the device's count stays as well
         self._done[turn].record()
         return OnHost(self.tokens[turn], self._done[turn])
 

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 
 import torch
@@ -132,7 +133,10 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):
-            return prompt
+            try:
+                return [index(token) for token in prompt]  # NumPy's and torch's numbers, too
+            except TypeError:
+                raise UserError(f"a prompt must be a text or a list of token ids, got {prompt!r}") from None
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer; give the prompts as token ids")
         return self.tokenizer.encode(prompt)

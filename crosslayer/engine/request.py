@@ -53,6 +53,10 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "seed", "max_tokens", "min_tokens", "n", "logprobs"):
+            value = getattr(self, name)
+            if type(value) is not int and value is not getattr(SamplingParams, name):
+                raise UserError(f"{name} must be a whole number, got {value!r}")
         limit = "(None: no limit but the context)"
         rules: tuple[tuple[str, bool, str], ...] = (
             ("temperature", 0 <= self.temperature < math.inf, "not be negative, nor infinite"),
@@ -64,7 +68,8 @@ class SamplingParams:
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "be a number"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, f"be positive {limit}"),
             ("min_tokens", self.min_tokens >= 0, "not be negative"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "be a tuple of texts, none of them empty"),
+            ("stop", _all(self.stop, str) and all(self.stop), "be a tuple of texts, none of them empty"),
+            ("stop_token_ids", _all(self.stop_token_ids, int), "be a tuple of token ids"),
             ("n", self.n >= 1, "be positive"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "not be negative (None: no log-probabilities)"),
         )
@@ -82,6 +87,10 @@ class SamplingParams:
     def is_plain(self) -> bool:
         """Whether the likeliest token is all that is asked for."""
         return not (self.temperature or self.has_penalties or self.min_tokens or self.logprobs is not None)
+
+
+def _all(values: object, kind: type) -> bool:
+    return isinstance(values, (tuple, list)) and all(isinstance(value, kind) for value in values)
 
 
 @dataclass(frozen=True)

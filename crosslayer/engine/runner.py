@@ -14,6 +14,7 @@ from crosslayer.engine.prepared import PreparedModel
 from crosslayer.engine.sampler import Drawn, Draws, OnHost, draw
 from crosslayer.engine.scheduler import Scheduled
 from crosslayer.engine.transfer import pack, unpack
+from crosslayer.errors import UserError
 from crosslayer.kernels.tokens import likeliest
 from crosslayer.model import Transformer
 from crosslayer.model.cache import check_one_pass
@@ -23,14 +24,22 @@ from crosslayer.model.paged import PagedCache, divide_memory, sequence_bytes
 CPU_CACHE_BYTES = 2**30
 # Of the memory that is free once the model is on the GPU; the rest is for what a step computes.
 GPU_CACHE_SHARE = 0.85
+FP8_SINCE = (8, 9)  # compute capability
+
+
+def current(device: torch.device) -> torch.accelerator.device_index:
+    """Within this, a GPU is the current device, which is the one that streams, graphs and Triton take. Each thread has
+    its own."""
+    return torch.accelerator.device_index(device.index if device.type == "cuda" else None)
 
 
 class Runner:
-    """A model, laid out for inference on a device in its own precision, and the cache that it fills.
+    """A model, laid out for inference on a device in its own precision, and the cache that it fills. A GPU must be
+    `current` when a runner is made and used.
 
     Raises:
         UserError: the cache is too small, a layer's keys and values are kept for different numbers of tokens, or it
-            reads a layer above it.
+            reads a layer above it; or the device has no 8-bit floats and the cache is to be of them.
     """
 
     def __init__(self, model: Transformer, config: EngineConfig, max_length: int, device: torch.device) -> None:
@@ -38,13 +47,18 @@ class Runner:
         self.device, self.config = device, model.config
         self._on_gpu = device.type == "cuda"
         fp8 = config.cache_dtype == "fp8"
+        if fp8 and self._on_gpu and torch.cuda.get_device_capability(device) < FP8_SINCE:
+            raise UserError("this GPU has no 8-bit floats for a cache; they came with compute capability 8.9")
         weight, block_size = model.lm_head.weight, config.block_size
         dtype = FP8 if fp8 else weight.dtype
         scales = slot_scales(model.eval()) if fp8 else None
         self.model = PreparedModel(model, max_length, device)
         sequence = sequence_bytes(model.config, block_size, max_length, dtype)
-        memory = config.cache_bytes or min(self._free_memory(sequence), config.max_running * sequence)
-        num_blocks = divide_memory(model.config, memory, block_size, max_length, dtype)
+        # In float64 attention is plain PyTorch, whose shapes depend on the lengths of sequences.
+        shapes = graph_shapes(config.max_running) if self._on_gpu and weight.dtype != torch.float64 else []
+        logits = sum(shape.rows for shape in shapes) * weight[:, 0].nbytes  # each graph keeps its own
+        memory = config.cache_bytes or min(self._free_memory(sequence) - logits, config.max_running * sequence)
+        num_blocks = divide_memory(model.config, max(0, memory), block_size, max_length, dtype)
         self.cache = PagedCache(
             model.config, num_blocks, block_size, max_length, dtype=dtype, device=device, scales=scales
         )
@@ -53,7 +67,7 @@ class Runner:
         self.builder = BatchBuilder(self.cache, config.max_running)
         # The token last drawn in each slot, also while the host does not know it yet.
         self._last = torch.zeros(config.max_running + 1, dtype=torch.int64, device=device)
-        self._graphs = capture(self.compute, self.builder, graph_shapes(config.max_running)) if self._on_gpu else {}
+        self._graphs = capture(self.compute, self.builder, shapes) if shapes else {}
 
     @torch.inference_mode()
     def launch(self, step: Sequence[Scheduled]) -> Draws:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from crosslayer.engine.request import Sequence, TokenLogprobs
 
+# Settings beyond this, or less than one part of it, count as that: infinity times nothing would be no number.
+MOST = 1e30
+
 
 class RowLogprobs(NamedTuple):
     """On the device, for L rows: log-probabilities of their tokens, `drawn` [L], and of the K likeliest, `values` and
@@ -88,7 +91,8 @@ def uniform(seed: int, sample: int, position: int) -> float:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+    # From a GPU into pinned memory. Other devices have no event that says when it is there.
+    return tensor.to("cpu", non_blocking=tensor.is_cuda)
 
 
 def _to_device(values: Rows[object], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -102,7 +106,7 @@ def _draw_at_random(scores: Tensor, likeliest: Tensor, rows: Rows[Sequence]) -> 
         (
             p.temperature,
             p.top_k or vocabulary,
-            p.top_p if p.top_p < 1 else 2.0,  # 2: beyond any rounding
+            max(p.top_p, 1 / MOST) if p.top_p < 1 else 2.0,  # 2: beyond any rounding
             p.min_p,
             uniform(row.seed, row.index, row.num_output + row.num_pending) if p.temperature else 0.0,
         )
@@ -146,7 +150,9 @@ def _penalise(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
         (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
         for p in (row.request.params for row in affected)
     ]
-    repetition, presence, frequency = _to_device(settings, device, torch.float32)[:, :, None].unbind(1)
+    columns = _to_device(settings, device, torch.float32).clamp(-MOST, MOST)
+    repetition, presence, frequency = columns[:, :, None].unbind(1)
+    repetition = repetition.clamp(min=1 / MOST)
     counts = _counts([row.tokens[len(row.request.prompt) :] for row in affected], logits)
     seen = _counts([row.tokens for row in affected], logits) > 0
     index = _to_device(chosen, device)

@@ -47,4 +47,5 @@ def give_kernel(tokens, places, turn, stride, count, BLOCK: tl.constexpr, PDL: t
         i = first + tl.arange(0, BLOCK)
         token = tl.load(tokens + i, mask=i < count, other=0)
         tl.store(places + now.to(tl.int64) * stride + i, token, mask=i < count)
+    tl.debug_barrier()  # all threads know whose turn it was
     tl.store(turn, 1 - now)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,39 @@ def tiles_of_one(
     return (Tiles(rows, 128, 4, 2), 512) if fp8 else (Tiles(rows, 32, 4, 4), 256)
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have: 227 KiB on a Hopper GPU, 99 on most that are not for servers."""
+    if device.type != "cuda":
+        return 2**30
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's types lack some
+    return int(properties.shared_memory_per_block_optin)
+
+
+def fitting(tiles: Tiles, share: int, q: Tensor, keys: Tensor, padded: int) -> Tiles:
+    """Smaller, where a GPU has less shared memory than the one that the tiles were chosen on: first in stages, then in
+    keys, then in rows, of which there are at least `share`."""
+
+    def most_bytes(tiles: Tiles) -> int:
+        queries_and_weights = tiles.rows * (padded + tiles.keys) * q.element_size()
+        # One stage's keys and values are in registers.
+        keys_and_values = (tiles.num_stages - 1) * 2 * tiles.keys * padded * keys.element_size()
+        # Float32 is multiplied as two smaller numbers each.
+        return (queries_and_weights + keys_and_values) * (2 if q.dtype == torch.float32 else 1)
+
+    least = max(16, next_power_of_2(share))
+    while most_bytes(tiles) > shared_memory(q.device):
+        if tiles.num_stages > 2:
+            tiles = tiles._replace(num_stages=tiles.num_stages - 1)
+        elif tiles.keys > 16:
+            tiles = tiles._replace(keys=tiles.keys // 2)
+        elif tiles.rows > least:
+            tiles = tiles._replace(rows=tiles.rows // 2)
+        else:
+            break
+    return tiles
+
+
 def launch_paged_attention(
     q: Tensor,
     keys: Tensor,
@@ -92,7 +126,7 @@ def launch_paged_attention(
         return output
     # Where all rows have equally many queries, and where all have one, nothing is left for the other kernel.
     if rows.most_queries > 1:
-        many = many or tiles_of_many(share, padded, q.dtype)
+        many = many or fitting(tiles_of_many(share, padded, q.dtype), share, q, keys, padded)
         room = num_queries // (many.rows // share) + num_rows
         many_queries_kernel[(room, groups)](
             q, keys, values, output, rows.starts, rows.lengths, rows.tables, rows.firsts,
@@ -103,7 +137,7 @@ def launch_paged_attention(
             return output
     num_tiles = num_rows * groups
     usual = tiles_of_one(num_tiles, share, padded, q.dtype, fp8=keys.dtype.itemsize == 1)
-    one, programs = one or usual[0], max(1, (programs or usual[1]) // groups)
+    one, programs = one or fitting(usual[0], share, q, keys, padded), max(1, (programs or usual[1]) // groups)
     # One more for every row, as none works for two; but never more than there can be tiles.
     most = min(programs + num_rows, num_rows * -(-rows.tables.shape[1] * block_size // one.keys))
     sums = torch.empty(most * heads * dim, dtype=torch.float32, device=q.device)

@@ -12,7 +12,7 @@ from crosslayer.errors import UserError
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device that a config names; auto is CUDA where there is one. Of several processes on a machine, the one with
-    `local_rank` gets the device of that number.
+    `local_rank` gets the device of that number. A GPU with a number becomes the current one, on which Triton launches.
 
     Raises:
         UserError: no such device here.
@@ -26,6 +26,8 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
                 raise UserError(f"device {name!r} is one for all processes; want auto, cpu or {device.type}")
             device = torch.device(device.type, local_rank)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         where = "here" if local_rank is None else f"by process {local_rank} of this machine"
         raise UserError(f"device {name!r} cannot be used {where}: {str(error).splitlines()[0]}") from None

@@ -94,8 +94,6 @@ def joined_processes(recipe: Recipe) -> Iterator[Processes]:
         return
     _check_tensor_parallel(recipe, count)
     device = choose_device(recipe.device, int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     shape = (count // recipe.tensor_parallel, recipe.tensor_parallel)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))

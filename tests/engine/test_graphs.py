@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from crosslayer.engine import EngineConfig
-from crosslayer.engine.batch import Shape
+from crosslayer.engine.batch import HostBatch, Shape
 from crosslayer.engine.graphs import MIXED, Exchange, graph_shapes
 from crosslayer.engine.request import Request, Sequence
 from crosslayer.engine.runner import Runner
@@ -53,9 +55,30 @@ def test_there_is_a_graph_for_every_step_of_single_tokens(max_running: int) -> N
     assert all(2 <= shape.rows < shape.tokens for shape in mixed)
 
 
+def test_a_launch_that_fails_takes_no_turn() -> None:
+    """Else the device, which has not counted it, would read old batches from then on."""
+    exchange = Exchange.__new__(Exchange)  # without the page-locked memory that takes a GPU
+    exchange.batches, exchange.tokens = torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int64)
+    exchange._turn, exchange._done = 0, (Mock(), Mock())
+    graph = Mock()
+    device = 0  # whose turn it is there
+
+    def replay() -> None:
+        nonlocal device
+        exchange.tokens[device] = 2 * exchange.batches[device].view(torch.int64)
+        device = 1 - device
+
+    for number in range(6):
+        sent = HostBatch({"ids": torch.tensor([number]).numpy()}, 1)
+        graph.replay.side_effect = RuntimeError("out of memory")
+        with pytest.raises(RuntimeError):
+            exchange.run(graph, sent)
+        graph.replay.side_effect = replay
+        assert exchange.run(graph, sent).tokens.tolist() == [2 * number]
+
+
 @needs_cuda
 def test_batches_and_tokens_change_places() -> None:
-    from crosslayer.engine.batch import HostBatch
     from crosslayer.kernels.exchange_triton import fetch, give
 
     exchange = Exchange(torch.device("cuda"), 48, 2)

@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import crosslayer
 from crosslayer.data import Tokenizer
-from crosslayer.engine import LLM, Completion, EngineConfig, SamplingParams
+from crosslayer.engine import LLM, Completion, EngineConfig, Request, SamplingParams
 from crosslayer.errors import UserError
 from tests.conftest import tiny_config
 from tests.engine.runs import assert_greedy, assert_nothing_held
@@ -156,6 +157,8 @@ def test_without_limits_the_context_is_the_limit() -> None:
         ([3, 280], {}, "token 280 does not exist: the model knows 0 to 279"),
         ([3, -1], {}, "token -1 does not exist"),
         ([3], {"stop_token_ids": (999,)}, "token 999 does not exist"),
+        ([3, 4.5], {}, "a prompt must be a text or a list of token ids"),
+        (3, {}, "a prompt must be a text or a list of token ids, got 3"),
     ],
 )
 def test_what_cannot_be_served_is_refused(prompt: Any, params: dict[str, Any], message: str) -> None:
@@ -165,9 +168,18 @@ def test_what_cannot_be_served_is_refused(prompt: Any, params: dict[str, Any], m
     assert_nothing_held(llm.engine)
 
 
+def test_ids_may_be_numbers_of_numpy_and_torch() -> None:
+    ids = TOKENIZER.encode("three cats")
+    params = SamplingParams(max_tokens=5)
+    expected, *others = make_llm().generate([ids, np.array(ids), torch.tensor(ids)], params)  # type: ignore[list-item]
+    assert [other[0].token_ids for other in others] == [expected[0].token_ids] * 2
+
+
 def test_misuse_is_refused() -> None:
     with pytest.raises(UserError, match="prompts must be a list of prompts, got one text"):
         make_llm().generate("three cats")
+    with pytest.raises(UserError, match="token ids must be whole numbers"):
+        make_llm().engine.add(Request("a", (1, 2.5), SamplingParams()))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="2 prompts but 1 params"):
         make_llm().generate(["a", "b"], [SamplingParams()])
     bare = LLM(MODEL, CONFIG)

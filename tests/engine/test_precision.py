@@ -70,6 +70,26 @@ def test_greedy_on_a_gpu(plan: str, sequences: float) -> None:
 
 
 @needs_cuda
+def test_float64_on_a_gpu() -> None:
+    """Without graphs, as attention is plain PyTorch."""
+    model = random_model(tiny_config("yoco:window=5", num_key_value_heads=2, **SHAPE)).double()
+    config = EngineConfig(cache_bytes=2**20, block_size=16, max_length=96, max_running=8, max_step_tokens=24)
+    engine = Engine(model, config=config, device="cuda")
+    tokens = run(engine, [request(n, range(n, n + 9 * n + 1), 20) for n in range(4)], arrivals=[0, 0, 1, 3])
+    for number in range(4):
+        assert_greedy(model, list(range(number, number + 9 * number + 1)), tokens[str(number), 0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    model = random_model(tiny_config("cla2", num_key_value_heads=2, **SHAPE))
+    config = EngineConfig(cache_bytes=2**20, block_size=16, max_length=96, max_running=8)
+    tokens = run(Engine(model, config=config, device="cuda:1"), [request(0, range(9), 20)], arrivals=[0])
+    assert_greedy(model, list(range(9)), tokens["0", 0])
+    assert torch.cuda.current_device() == 0
+
+
+@needs_cuda
 def test_settings_of_a_request_on_a_gpu() -> None:
     """Penalties, seeds, log-probabilities and minimum lengths, next to plain requests, in batches of any kind."""
     model = random_model(tiny_config("cla2", num_key_value_heads=2, **SHAPE))

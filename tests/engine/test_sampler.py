@@ -196,6 +196,23 @@ def test_penalties(settings: dict[str, float], formula: Any) -> None:
     assert expected != tokens(LOGITS.expand(500, -1), plain)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"presence_penalty": 1e39}, {0}),
+        ({"frequency_penalty": 1e300}, {0}),
+        ({"frequency_penalty": -1e300}, {5}),
+        ({"repetition_penalty": 1e-300}, {0, 2}),
+        ({"top_p": 1e-300, "temperature": 5.0}, {2}),
+    ],
+)
+def test_settings_that_float32_cannot_say(settings: dict[str, float], expected: set[int]) -> None:
+    """They do what ever larger ones tend to."""
+    logits = torch.where(torch.tensor([True, False, True, False, False, True] + 6 * [False]), LOGITS, 0.0)
+    rows = [drawing(SamplingParams(**settings), n, [], [2, 2, 5, 5, 5]) for n in range(50)]
+    assert set(tokens(logits.expand(50, -1), rows)) <= expected
+
+
 def test_logprobs_are_the_models_own() -> None:
     params = SamplingParams(temperature=0.5, top_k=2, frequency_penalty=2.0, logprobs=3)
     (token, logprobs), (_, none), (_, only) = results(
@@ -235,6 +252,12 @@ def test_no_stop_token_before_min_tokens() -> None:
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens is 4, more than max_tokens, 3"),
         ({"stop": "text"}, "stop must be a tuple of texts, none of them empty, got 'text'"),
         ({"stop": ("a", "")}, "stop must be a tuple of texts, none of them empty"),
+        ({"stop": (5,)}, "stop must be a tuple of texts, none of them empty, got (5,)"),
+        ({"stop_token_ids": None}, "stop_token_ids must be a tuple of token ids, got None"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5"),
+        ({"seed": "7"}, "seed must be a whole number, got '7'"),
+        ({"logprobs": True}, "logprobs must be a whole number, got True"),
+        ({"top_k": None}, "top_k must be a whole number, got None"),
         ({"n": 0}, "n must be positive"),
         ({"logprobs": -1}, "logprobs must not be negative"),
     ],
