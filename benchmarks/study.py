@@ -32,11 +32,11 @@ from crosslayer.compare import CompareConfig
 from crosslayer.compare.config import design_folder
 from crosslayer.data import PreparedData, prepare
 from crosslayer.environment import describe_environment
-from crosslayer.errors import UserError
+from crosslayer.errors import Diverged, UserError
 from crosslayer.evaluate import TASKS, score_recall, score_tasks
 from crosslayer.evaluate.perplexity import document_losses
 from crosslayer.evaluate.uncertainty import ratio_and_error
-from crosslayer.files import read_json
+from crosslayer.files import read_json, writing_into
 from crosslayer.plan.cost import kv_bytes
 from crosslayer.settings import load_settings, to_mapping
 from crosslayer.train import TrainConfig, train
@@ -111,11 +111,12 @@ class Study:
 
         Raises:
             OutOfTime: it would have to be trained, and there is no time for it.
+            UserError: it cannot be trained, for another reason than its loss.
         """
-        recipe, own = training.train, comparable(training)
-        settings = own | {"data": self.fingerprint}
+        recipe = training.train
+        settings = comparable(training) | {"data": self.fingerprint}
         name = f"{design_folder(design)}-seed-{recipe.seed}-rate-{recipe.learning_rate:g}"
-        folder = self.arguments.runs / f"{name}-{short_hash(own)}"
+        folder = self.arguments.runs / f"{name}-{short_hash(settings)}"
         with claimed(folder.with_name(f"{folder.name}.lock")) as mine:
             row = next((row for row in read_rows(self.arguments.results) if row["settings"] == settings), None)
             if row is None and not mine:
@@ -138,7 +139,7 @@ class Study:
         recipe = training.train
         try:
             trained = train(training, self.data, folder, label=folder.name)
-        except UserError as error:
+        except Diverged as error:
             return {"error": str(error)}
         started = time.monotonic()
         model = checkpoint.load(folder / "model", device=self.device)
@@ -166,8 +167,10 @@ class Study:
 @contextmanager
 def claimed(file: Path) -> Iterator[bool]:
     """Whether no other process has claimed this file; if so, it is this one's until the block, or the process, ends."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
+    with writing_into(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

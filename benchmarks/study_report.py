@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from benchmarks.study import CONFIG, RESULTS, ROOT, comparable, read_rows
 from benchmarks.study_plot import draw
 from crosslayer.compare import CompareConfig
 from crosslayer.compare.plots import to_png
-from crosslayer.compare.statistics import Difference, Spread, measure_noise
-from crosslayer.compare.table import describe_noise, format_bytes_per_token, format_difference
+from crosslayer.compare.statistics import CONFIDENCE, Difference, Spread
+from crosslayer.compare.table import NONE, describe_noise, format_bytes_per_token, format_difference
 from crosslayer.errors import UserError
 from crosslayer.settings import load_settings
 
@@ -38,6 +39,9 @@ QUESTIONS = {
         ("H32-MQA-CLA2", "H16-MQA"),
         ("H128-MQA-CLA4", "H32-MQA"),
     ],
+    "Cache within 2%: sharing, or smaller heads": [
+        ("H128-MQA-CLA3", "H42-MQA"),  # no even head size has the bytes of CLA3
+    ],
     "Equal cache and equal parameters": [
         ("H128-MQA-CLA2-wide", "H64-MQA-wide"),
         ("H128-GQA2-CLA2", "H64-GQA2"),
@@ -52,8 +56,10 @@ QUESTIONS = {
         ("H128-MQA-CLA2-wide", "H128-MQA"),
         ("H64-MQA-CLA2-wide", "H64-MQA-wide"),
     ],
-    "Larger groups against CLA2": [
+    "Equal cache: larger groups, or CLA2 with smaller heads": [
         ("H128-MQA-CLA4", "H64-MQA-CLA2"),
+    ],
+    "A third less cache, by groups of three": [
         ("H128-MQA-CLA3", "H128-MQA-CLA2"),
     ],
     "Other patterns, with a sixth more cache, against CLA2": [
@@ -67,9 +73,18 @@ QUESTIONS = {
         ("H128-MQA-sandwich-middle:6", "H128-MQA-CLA2"),
         ("H128-MQA-fusedkv-lite", "H128-MQA-CLA2"),
         ("H128-GQA2-suffix:6,window=256,period=3", "H128-MQA-CLA2"),
+        ("H128-GQA2-suffix:6,window=256,period=3", "H128-MQA-CLA2-wide"),
         ("H128-GQA2-yoco:window=341", "H128-MQA-CLA2"),
+        ("H128-GQA2-yoco:window=341", "H128-MQA-CLA2-wide"),
     ],
 }
+# The questions whose pairs are set against each other in tasks and recall as well.
+SCORED = ("Half the cache", "Equal cache")
+PAIR_HEADS = ("question", "design", "against")
+# Later seeds were added where these had not resolved a pair, so they must also be seen by themselves.
+FIRST_SEEDS = (0, 1, 2)
+# The scores of a run, by the heads of their columns.
+Scores = Callable[[dict[str, Any]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -100,9 +115,43 @@ class Arm:
         count = float(self.first["kv_bytes_per_token"])
         return int(count) if count.is_integer() else count
 
-    def mean(self, *path: str) -> float:
-        """Over seeds, of the figure at this place of a row."""
-        return sum(_at(row, path) for row in self.rows.values()) / len(self.rows)
+    def scores(self, head: str, scores: Scores) -> dict[int, float]:
+        """One of the scores by seed, of the seeds that have it."""
+        return {seed: found[head] for seed, row in self.rows.items() if head in (found := scores(row))}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A design and what it is set against to answer a question; they have a seed in common."""
+
+    question: str
+    design: Arm
+    reference: Arm
+
+    @property
+    def loss(self) -> Difference:
+        found = self._difference(self.design.losses, self.reference.losses)
+        assert found is not None  # a common seed
+        return found
+
+    @property
+    def later_loss(self) -> Difference | None:
+        """By the seeds behind the first alone."""
+        own, other = (
+            {seed: loss for seed, loss in arm.losses.items() if seed not in FIRST_SEEDS}
+            for arm in (self.design, self.reference)
+        )
+        return self._difference(own, other)
+
+    def score(self, head: str, scores: Scores) -> Difference | None:
+        """The difference of one of the scores; None where they have no seed with it in common."""
+        return self._difference(self.design.scores(head, scores), self.reference.scores(head, scores))
+
+    def _difference(self, own: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+        return Difference.between(self.design.design, own, self.reference.design, other)
+
+    def cells(self) -> list[str]:
+        return [self.question, f"`{self.design.design}`", f"`{self.reference.design}`"]
 
 
 def gather(config: CompareConfig, rows: Sequence[dict[str, Any]]) -> list[Arm]:
@@ -135,27 +184,56 @@ def _same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return bool(found["model"] == wanted["model"] and recipe(found) == recipe(wanted))
 
 
-def _at(row: Any, path: Iterable[str]) -> float:
-    for key in path:
-        row = row[key]
-    return float(row)
+def task_scores(row: dict[str, Any]) -> dict[str, float]:
+    return {head: metric["value"] for head, metric in _metrics(row).items()}
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{task} {name}" + (f" (chance {metric['chance']:.2f})" if metric["chance"] else ""): metric
+        for task, score in row["tasks"].items()
+        for name, metric in score["metrics"].items()
+    }
+
+
+def recall_scores(row: dict[str, Any]) -> dict[str, float]:
+    """Means over depths; the farthest distance by itself."""
+    found = {}
+    for length in sorted({result["length"] for result in row["recall"]}, reverse=True):
+        every = [result for result in row["recall"] if result["length"] == length]
+        farthest = [result for result in every if result["depth"] == 0]
+        for place, results in {f"in {length} tokens": every, f"from the start of {length}": farthest}.items():
+            for name in ("accuracy", "gain"):
+                found[f"{place}: {name}"] = fmean(result[name] for result in results)
+    return found
+
+
+def compared_scores(row: dict[str, Any]) -> dict[str, float]:
+    """What pairs are set against each other in: tasks that these models are above chance in, and recall."""
+    tasks = {task: score["metrics"] for task, score in row["tasks"].items()}
+    found = {f"{task} acc": tasks[task]["acc"]["value"] for task in ("lambada", "blimp", "arc_easy") if task in tasks}
+    if "wikitext-2" in tasks:
+        found["wikitext-2 loss a token"] = math.log(tasks["wikitext-2"]["token_perplexity"]["value"])
+    return found | {f"recall {head}": value for head, value in recall_scores(row).items() if head.startswith("in ")}
 
 
 def render(arms: Sequence[Arm], rows: Sequence[dict[str, Any]]) -> str:
     """The part of docs/study.md that is made from the results."""
     if not arms:
         return "No runs yet."
-    differences = {
-        (design, reference): found
-        for pairs in QUESTIONS.values()
-        for design, reference in pairs
-        if (found := _difference(arms, design, reference)) is not None
-    }
-    parts = [_summary(rows), _main_table(arms), _noise(arms, differences)]
-    parts += ["![Held-out loss against KV bytes per token](images/study-pareto.png)", _pairs_table(differences)]
+    by_name = {arm.design: arm for arm in arms}
+    pairs = [
+        Pair(question, by_name[design], by_name[reference])
+        for question, named in QUESTIONS.items()
+        for design, reference in named
+        if design in by_name and reference in by_name and by_name[design].rows.keys() & by_name[reference].rows.keys()
+    ]
+    parts = [_summary(rows), _main_table(arms), _noise(arms, pairs)]
+    parts += ["![Held-out loss against KV bytes per token](images/study-pareto.png)", _pairs_table(pairs)]
     if any(row["tasks"] for arm in arms for row in arm.rows.values()):
         parts.append(_tasks_table(arms))
-    return "\n\n".join([*parts, _recall_table(arms), _rates_table(arms)])
+    parts += [_recall_table(arms), _scored_pairs_table(pairs), _rates_table(arms)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
@@ -180,73 +258,99 @@ def _main_table(arms: Sequence[Arm]) -> str:
         cells = [f"`{arm.design}`", format_bytes_per_token(arm.kv_bytes), f"{row['parameters'] / 1e6:.2f} M"]
         cells += [f"{arm.rate:g}", str(len(arm.rows)), f"{loss.mean:.4f}{spread}"]
         cells += [_plus_minus(row["validation"]["standard_error"], 3), f"{math.exp(loss.mean):.2f}"]
-        rows.append([*cells, f"{arm.mean('validation', 'bits_per_byte'):.4f}"])
+        rows.append([*cells, f"{fmean(row['validation']['bits_per_byte'] for row in arm.rows.values()):.4f}"])
     heads = ["design", "KV bytes per token", "parameters", "rate", "seeds", "held-out loss: mean (range)"]
     return _table([*heads, "s.e. over documents", "perplexity", "bits per byte"], rows)
 
 
-def _noise(arms: Sequence[Arm], differences: dict[tuple[str, str], Difference]) -> str:
-    noise = measure_noise([arm.losses for arm in arms], differences.values())
-    return " ".join(describe_noise(noise))
+def _noise(arms: Sequence[Arm], pairs: Sequence[Pair]) -> str:
+    text = describe_noise({arm.design: arm.loss for arm in arms}, [pair.loss for pair in pairs])
+    if len({len(arm.rows) for arm in arms}) == 1:
+        return text
+    return f"{text} Not all designs have the same seeds: means are over a design's own, differences over common ones."
 
 
-def _difference(arms: Sequence[Arm], design: str, reference: str) -> Difference | None:
-    found = {arm.design: arm.losses for arm in arms}
-    if design not in found or reference not in found:
-        return None
-    return Difference.between(design, found[design], reference, found[reference])
-
-
-def _pairs_table(differences: dict[tuple[str, str], Difference]) -> str:
+def _pairs_table(pairs: Sequence[Pair]) -> str:
     rows = []
-    for question, pairs in QUESTIONS.items():
-        for pair in pairs:
-            if (found := differences.get(pair)) is not None:
-                cells = [question, f"`{pair[0]}`", f"`{pair[1]}`", format_difference(found), str(len(found.seeds))]
-                rows.append([*cells, found.verdict])
-                question = ""
-    return _table(["question", "design", "against", "difference of loss ± 95%", "seeds", "verdict"], rows)
+    for pair in pairs:
+        more = round((pair.design.first["parameters"] - pair.reference.first["parameters"]) / 1e6, 2)
+        parameters = f"{more:+.2f} M".replace("-", "−") if more else "as many"
+        rows.append([*pair.cells(), parameters, *_loss_cells(pair.loss)])
+        if later := pair.later_loss:
+            rows.append([pair.question, "", "by the seeds added later alone", "", *_loss_cells(later)])
+    heads = [*PAIR_HEADS, "parameters", "difference of loss ± 95%", "seeds", "verdict"]
+    return _table(heads, _without_repeats(rows))
+
+
+def _loss_cells(found: Difference) -> list[str]:
+    return [format_difference(found), str(len(found.seeds)), found.verdict]
+
+
+def _scored_pairs_table(pairs: Sequence[Pair]) -> str:
+    """Differences in tasks and recall of the pairs that have two seeds."""
+    scored = [pair for pair in pairs if pair.question.startswith(SCORED) and len(pair.loss.seeds) > 1]
+    if not scored:
+        return ""
+    heads = _heads([pair.design for pair in scored], compared_scores)
+    rows, count = [], 0
+    for pair in scored:
+        cells = pair.cells()
+        for head in heads:
+            found = pair.score(head, compared_scores)
+            count += found is not None and found.half_width is not None
+            text = NONE if found is None else format_difference(found)
+            cells.append(f"**{text}**" if found is not None and found.resolved else text)
+        rows.append(cells)
+    return _table([*PAIR_HEADS, *heads], _without_repeats(rows)) + (
+        "\n\nDifferences ± 95%, paired by seed as those of the loss are. Bold: the interval leaves out zero, as of "
+        f"{count} comparisons of equals about {round(count * (1 - CONFIDENCE))} would. Recall: over five distances."
+    )
 
 
 def _tasks_table(arms: Sequence[Arm]) -> str:
-    """Means over seeds ± standard error over items of one model; chance in the head."""
-    columns: dict[tuple[str, str], float | None] = {}
-    for arm in arms:
-        for task, score in arm.first["tasks"].items():
-            for name, metric in score["metrics"].items():
-                columns[task, name] = metric["chance"]
-    rows = []
-    for arm in arms:
-        cells = [f"`{arm.design}`"]
-        for task, name in columns:
-            if not all(name in row["tasks"].get(task, {"metrics": {}})["metrics"] for row in arm.rows.values()):
-                cells.append("–")
-                continue
-            value = arm.mean("tasks", task, "metrics", name, "value")
-            error = arm.first["tasks"][task]["metrics"][name]["standard_error"]
-            digits = 1 if value > 10 else 3
-            cells.append(f"{value:.{digits}f} {_plus_minus(error, digits)}")
-        rows.append(cells)
-    heads = [f"{task} {name}" + (f" (chance {c:.2f})" if c else "") for (task, name), c in columns.items()]
-    return _table(["design", *heads], rows)
+    first = arms[0].first
+    errors = {head: metric["standard_error"] for head, metric in _metrics(first).items()}
+    heads, rows = _scores_table(arms, task_scores)
+    name = f"s.e. over items, of `{arms[0].design}` with seed {first['seed']}"
+    rows.append([name, *(NONE if (e := errors.get(head)) is None else f"±{_figure(e)}" for head in heads)])
+    return _table(["design", *heads], rows) + (
+        "\n\nMean and range over seeds. The last row says how far a score may be from that of all such items; the "
+        "items are the same for every design, so it is no measure of their differences."
+    )
 
 
 def _recall_table(arms: Sequence[Arm]) -> str:
-    """Accuracy and gain, means over seeds and over depths; the farthest distance by itself."""
-    lengths = sorted({result["length"] for result in arms[0].first["recall"]}, reverse=True)
+    heads, rows = _scores_table(arms, recall_scores)
+    return _table(["recall", *heads], rows) + (
+        "\n\nMean and range over seeds, of means over five distances; from the start: the farthest by itself. Accuracy "
+        f"of guessing: {arms[0].first['recall'][0]['chance']:.4f}. Gain in nats a word."
+    )
+
+
+def _scores_table(arms: Sequence[Arm], scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """Heads, and a row for each design: mean and range over its seeds."""
+    heads = _heads(arms, scores)
     rows = []
     for arm in arms:
         cells = [f"`{arm.design}`"]
-        for length in lengths:
-            every = [r for row in arm.rows.values() for r in row["recall"] if r["length"] == length]
-            farthest = [r for r in every if r["depth"] == 0]
-            for results in (every, farthest):
-                accuracy, gain = (sum(r[name] for r in results) / len(results) for name in ("accuracy", "gain"))
-                cells.append(f"{accuracy:.3f}, {gain:.3f}")
+        for head in heads:
+            found = arm.scores(head, scores)
+            cells.append(_mean_and_range(Spread.of(list(found.values()))) if len(found) == len(arm.rows) else NONE)
         rows.append(cells)
-    chance = arms[0].first["recall"][0]["chance"]
-    heads = [head for n in lengths for head in (f"recall in {n} tokens: accuracy, gain", f"from the start of {n}")]
-    return _table(["design", *heads], rows) + f"\n\nAccuracy of guessing: {chance:.4f}. Gain in nats a word."
+    return heads, rows
+
+
+def _heads(arms: Sequence[Arm], scores: Scores) -> list[str]:
+    return list(dict.fromkeys(head for arm in arms for row in arm.rows.values() for head in scores(row)))
+
+
+def _mean_and_range(spread: Spread) -> str:
+    return _figure(spread.mean) + ("" if spread.std is None else f" ({_figure(spread.low)}–{_figure(spread.high)})")
+
+
+def _figure(value: float) -> str:
+    """Three digits after the point, of a perplexity fewer."""
+    return f"{value:,.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
 
 
 def _rates_table(arms: Sequence[Arm]) -> str:
@@ -255,6 +359,14 @@ def _rates_table(arms: Sequence[Arm]) -> str:
         [f"`{arm.design}`", *(f"{arm.tried[rate]:.4f}" if rate in arm.tried else "" for rate in rates)] for arm in arms
     ]
     return _table(["held-out loss of the first seed at rate", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _without_repeats(rows: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """A first cell that says what the one above it does is left empty."""
+    above = None
+    for first, *rest in rows:
+        yield ["" if first == above else first, *rest]
+        above = first
 
 
 def _plus_minus(error: float | None, digits: int) -> str:

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class Diverged(UserError):
+    """The loss or gradients of a training run are no longer numbers: other settings may help, another try does not."""
+
+
 class Stopped(KeyboardInterrupt):
     """SIGTERM has come, and what was being done has been left so that it can go on.
 

@@ -1,13 +1,14 @@
-"""Files that are either whole or not there: written beside their place, then renamed."""
+"""Files that are either whole or not there: written beside their place, then renamed. And what is only said."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from crosslayer.errors import UserError
 
@@ -17,9 +18,19 @@ def write_whole(file: Path, content: str | bytes) -> None:
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(beside)  # or a crash of the machine could leave the name without the content
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file, or a folder's list of names, is on the disk before we go on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(file: Path, data: Any) -> None:
@@ -47,3 +58,10 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{file}: want a JSON object")
     return data
+
+
+def say(text: str, *, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Print for those who watch, on stderr unless another `stream` is given. What is only said ends no run: where it
+    cannot be written (a log on a full disk, a terminal that has gone) it is left unsaid."""
+    with suppress(OSError):
+        print(text, end=end, file=stream or sys.stderr, flush=True)

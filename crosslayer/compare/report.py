@@ -52,7 +52,7 @@ def report_html(results: Results, pareto: bytes, curves: bytes) -> str:
         failures=_failures(results),
         pareto=_embedded(pareto),
         curves=_embedded(curves),
-        noise=_paragraphs(describe_noise(results.noise)) + _paragraphs(_limits(results)),
+        noise=_paragraphs([describe_noise(results.losses, results.differences), *_limits(results)]),
         pairs=_pairs(results.differences) if len(designs) > 2 else "",
         plans=_plans(results),
         sample=_sample(results),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosslayer.compare.config import CompareConfig
-from crosslayer.compare.statistics import Difference, Noise, Spread, measure_noise
+from crosslayer.compare.statistics import Difference, Spread
 from crosslayer.plan import SharingPlan
 
 
@@ -127,7 +127,6 @@ class Results:
     tokens: int
     context: int
     cache_dtype: str
-    noise: Noise | None
     differences: tuple[Difference, ...]
     sample: Continuation | None
     designs: tuple[DesignResult, ...]
@@ -136,6 +135,11 @@ class Results:
     def finished(self) -> list[tuple[DesignResult, Shape, Summary]]:
         """The designs with at least one finished run, with their shape and summary."""
         return [(d, d.shape, d.summary) for d in self.designs if d.shape is not None and d.summary is not None]
+
+    @property
+    def losses(self) -> dict[str, Spread]:
+        """Final held-out losses of the designs with at least one finished run."""
+        return {design.design: summary.loss for design, _, summary in self.finished}
 
     @property
     def failures(self) -> list[Run]:
@@ -151,9 +155,8 @@ class Results:
         return self.difference(design, self.designs[0].design)
 
 
-def compare_losses(designs: Sequence[DesignResult]) -> tuple[tuple[Difference, ...], Noise | None]:
-    """All pairwise differences, and the noise that they and the seeds show."""
+def compare_losses(designs: Sequence[DesignResult]) -> tuple[Difference, ...]:
+    """All pairwise differences."""
     pairs = [(later, earlier) for i, earlier in enumerate(designs) for later in designs[i + 1 :]]
     found = (Difference.between(a.design, a.losses, b.design, b.losses) for a, b in pairs)
-    differences = tuple(difference for difference in found if difference is not None)
-    return differences, measure_noise([design.losses for design in designs], differences)
+    return tuple(difference for difference in found if difference is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ from crosslayer.data import PreparedData, prepare
 from crosslayer.engine import LLM, EngineConfig
 from crosslayer.environment import describe_environment
 from crosslayer.errors import UserError
-from crosslayer.files import write_json, write_whole
+from crosslayer.files import say, write_json, write_whole
 from crosslayer.model import ContiguousCache
+from crosslayer.model.cache import check_one_pass, slot_capacities
 from crosslayer.plan import ModelConfig
 from crosslayer.plan.cost import kv_bytes, num_parameters
 from crosslayer.settings import to_mapping
@@ -37,18 +37,20 @@ def compare(config: CompareConfig, out: Path, *, command: str = "") -> Results:
 
     Runs are in `out`/runs/DESIGN/seed-N. Those that have finished are not repeated, and one that was cut off goes on
     from its last checkpoint, so that after an interruption the same call continues. A run that fails is reported in the
-    results and does not stop the others; the next call tries it again. `command` is what the report says to repeat it.
+    results and does not stop the others; the next call tries it again. A sample that fails is left out. `command` is
+    what the report says to repeat it.
 
     Raises:
-        UserError: `out` belongs to another comparison, or every run failed.
+        UserError: the sample's design cannot write text, `out` belongs to another comparison, or every run failed.
     """
     data = prepare(config.data)
+    if config.sample:
+        _check_sample(config, config.sample, data)
     claim_folder(out, {**to_mapping(config), "data_fingerprint": data.fingerprint})
     runs = _run_all(config, data, out)
     if all(run.error for run in runs):
         raise UserError(f"no run finished; the first, {runs[0].design} with seed {runs[0].seed}: {runs[0].error}")
     designs = tuple(_design_result(config, design, runs, data) for design in config.designs)
-    differences, noise = compare_losses(designs)
     results = Results(
         command=command,
         config=config,
@@ -58,9 +60,8 @@ def compare(config: CompareConfig, out: Path, *, command: str = "") -> Results:
         tokens=config.train.steps * config.train.tokens_per_step,
         context=config.train.sequence_length,
         cache_dtype=CACHE_DTYPE,
-        noise=noise,
-        differences=differences,
-        sample=_continue(config, config.sample, designs, out, data) if config.sample else None,
+        differences=compare_losses(designs),
+        sample=_sample(config, config.sample, designs, out, data) if config.sample else None,
         designs=designs,
     )
     publish(results, out)
@@ -88,12 +89,12 @@ def _run_all(config: CompareConfig, data: PreparedData, out: Path) -> list[Run]:
         to_train = [pair for pair in plan[len(runs) :] if not (out / _folder(*pair) / RESULT).exists()]
         if took and to_train:
             left = clock(sum(took) / len(took) * len(to_train))
-            print(f"{len(runs)} of {len(plan)} runs done, about {left} left for the rest", file=sys.stderr)
+            say(f"{len(runs)} of {len(plan)} runs done, about {left} left for the rest")
         started = time.monotonic()
         try:
             runs.append(_run(config, design, seed, data, out, f"[{len(runs) + 1}/{len(plan)}] {design} seed {seed}"))
         except KeyboardInterrupt:
-            print(f"\n{len(runs)} of {len(plan)} runs done; the same command goes on from here", file=sys.stderr)
+            say(f"\n{len(runs)} of {len(plan)} runs done; the same command goes on from here")
             raise
         if (design, seed) in to_train and runs[-1].error is None:
             took.append(time.monotonic() - started)
@@ -103,18 +104,15 @@ def _run_all(config: CompareConfig, data: PreparedData, out: Path) -> list[Run]:
 def _run(config: CompareConfig, design: str, seed: int, data: PreparedData, out: Path, label: str) -> Run:
     folder = _folder(design, seed)
     try:
-        result = train(config.training(design, seed), data, out / folder, label=label)
+        training = config.training(design, seed)
+        # What has no cache has no bytes to compare.
+        slot_capacities(training.model_config(data.tokenizer).plan, config.train.sequence_length)
+        result = train(training, data, out / folder, label=label)
         scores = result["validation"]
         if not math.isfinite(scores["loss"]):
             raise UserError(f"the held-out loss is {scores['loss']}")
     except Exception as error:  # whatever ends one run must not lose the others
-        if isinstance(error, UserError):
-            reason = str(error)
-        else:
-            traceback.print_exc()
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        print(f"{label}: failed: {reason}", file=sys.stderr)
-        return Run(design, seed, folder, error=reason)
+        return Run(design, seed, folder, error=_report(error, label))
     return Run(
         design,
         seed,
@@ -125,6 +123,16 @@ def _run(config: CompareConfig, design: str, seed: int, data: PreparedData, out:
         seconds=result["seconds"],
         curve=_curve(out / folder),
     )
+
+
+def _report(error: Exception, label: str) -> str:
+    """What went wrong, in a line, which is printed also; with the traceback where it is not the user's to fix."""
+    reason = str(error)
+    if not isinstance(error, UserError):
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {reason.partition(chr(10))[0]}"
+    say(f"{label}: failed: {reason}")
+    return reason
 
 
 def _folder(design: str, seed: int) -> str:
@@ -169,6 +177,27 @@ def _shape(model: ModelConfig, context: int) -> Shape:
 def _per_token(num_bytes: int, tokens: int) -> int | float:
     """A whole number unless some layers keep a window only."""
     return num_bytes / tokens if num_bytes % tokens else num_bytes // tokens
+
+
+def _check_sample(config: CompareConfig, sample: Sample, data: PreparedData) -> None:
+    try:
+        plan = _model_config(config, sample.design, data).plan
+    except UserError:  # its runs will say why
+        return
+    try:
+        check_one_pass(plan)
+    except UserError as error:
+        raise UserError(f"sample.design: {error}") from None
+
+
+def _sample(
+    config: CompareConfig, sample: Sample, designs: Sequence[DesignResult], out: Path, data: PreparedData
+) -> Continuation | None:
+    try:
+        return _continue(config, sample, designs, out, data)
+    except Exception as error:  # all that was trained must not be lost for it
+        _report(error, "sample")
+        return None
 
 
 def _continue(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -60,35 +60,13 @@ class Difference:
         return cls(design, reference, seeds, spread.mean, spread.std, low, high, verdict)
 
     @property
+    def half_width(self) -> float | None:
+        """Of the interval: a mean that is not farther from zero is not resolved."""
+        return None if self.high is None else self.high - self.mean
+
+    @property
     def resolved(self) -> bool:
         return self.verdict != UNRESOLVED
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How much the validation loss moves when nothing but the seed changes, in nats per token.
-
-    `seed_std` is the standard deviation over seeds, pooled over designs; `difference_std` that of the difference of
-    two designs at the same seed, pooled over pairs. A difference smaller than about `resolvable` does not show with
-    this number of seeds: it is half the width of a typical 95% interval.
-    """
-
-    seed_std: float
-    difference_std: float | None
-    resolvable: float | None
-
-
-def measure_noise(losses: Iterable[Mapping[int, float]], differences: Iterable[Difference]) -> Noise | None:
-    """None where no design has two seeds."""
-    seed_std = _pooled((len(values), standard_deviation(list(values.values()))) for values in losses)
-    if seed_std is None:
-        return None
-    differences = list(differences)
-    difference_std = _pooled((len(difference.seeds), difference.std) for difference in differences)
-    if difference_std is None:
-        return Noise(seed_std, None, None)
-    seeds = max(len(difference.seeds) for difference in differences)
-    return Noise(seed_std, difference_std, student_t(seeds - 1) * difference_std / math.sqrt(seeds))
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:
@@ -97,14 +75,6 @@ def standard_deviation(values: Sequence[float]) -> float | None:
         return None
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def _pooled(samples: Iterable[tuple[int, float | None]]) -> float | None:
-    """The common standard deviation of several samples, given the size and standard deviation of each."""
-    known = [(count - 1, std) for count, std in samples if std is not None]
-    if not known:
-        return None
-    return math.sqrt(math.fsum(degrees * std**2 for degrees, std in known) / sum(degrees for degrees, _ in known))
 
 
 def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:

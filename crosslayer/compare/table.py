@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from textwrap import fill
 
 from crosslayer.compare.results import Continuation, DesignResult, Results
-from crosslayer.compare.statistics import UNRESOLVED, Difference, Noise, Spread
+from crosslayer.compare.statistics import UNRESOLVED, Difference, Spread
 from crosslayer.train.metrics import clock
 
 NONE = "–"
@@ -70,7 +71,8 @@ def format_table(results: Results) -> str:
         lines.append("  ".join(aligned).rstrip())
     width = sum(widths) + 2 * len(widths) - 2
     lines.insert(2, "-" * width)
-    notes = [describe_figures(results), *describe_noise(results.noise), *describe_failures(results)]
+    noise = describe_noise(results.losses, results.differences)
+    notes = [describe_figures(results), noise, *describe_failures(results)]
     return "\n".join([*lines, "", *(fill(note, width) for note in notes)])
 
 
@@ -109,17 +111,23 @@ def describe_sample(results: Results, sample: Continuation) -> str:
     return text + "."
 
 
-def describe_noise(noise: Noise | None) -> list[str]:
-    """How much of a difference is noise, a sentence an item."""
-    if noise is None:
-        return [f"Seed noise cannot be told from one seed, so every difference is {UNRESOLVED}."]
-    text = f"Seed noise: over seeds, the loss of one design has a standard deviation of {noise.seed_std:.4f}"
-    if noise.difference_std is None or noise.resolvable is None:
-        return [f"{text}."]
-    return [
-        f"{text}, and the difference of two designs at the same seed one of {noise.difference_std:.4f}. With these "
-        f"seeds, a difference of less than about {noise.resolvable:.4f} will usually not show."
-    ]
+def describe_noise(losses: Mapping[str, Spread], differences: Iterable[Difference]) -> str:
+    """How much of a difference is noise: from the least to the most, since what is pooled over designs as unlike as
+    these may be is true of none of them."""
+    stds = {design: loss.std for design, loss in losses.items() if loss.std is not None}
+    if not stds:
+        return f"Seed noise cannot be told from one seed, so every difference is {UNRESOLVED}."
+    text = f"Seed noise: over seeds, the loss of a design has a standard deviation of {_range(stds)}."
+    halves = {f"{d.design} against {d.reference}": d.half_width for d in differences if d.half_width is not None}
+    if halves:
+        text += f" A difference shows where it is larger than the ± of its own interval, {_range(halves)}."
+    return text
+
+
+def _range(figures: Mapping[str, float]) -> str:
+    """The lowest and the highest, and whose they are."""
+    ordered = [f"{figure:.4f} ({name})" for name, figure in sorted(figures.items(), key=lambda item: item[1])]
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
 
 
 def format_bytes_per_token(count: int | float) -> str:
@@ -133,4 +141,4 @@ def format_spread(spread: Spread) -> str:
 def format_difference(difference: Difference) -> str:
     """The mean and, where there is one, half the width of its interval."""
     mean = f"{difference.mean:+.4f}".replace("-", "−")
-    return mean + ("" if difference.high is None else f" ±{difference.high - difference.mean:.4f}")
+    return mean + ("" if difference.half_width is None else f" ±{difference.half_width:.4f}")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crosslayer.errors import UserError
+from crosslayer.errors import Diverged
 from crosslayer.evaluate import Score
 from crosslayer.ranks import rank
 from crosslayer.settings import to_mapping
@@ -43,29 +43,44 @@ class Journal:
         """Steps that were skipped, and losses that were spikes."""
         return self._monitor.counts()
 
-    def add(self, output: StepOutput) -> None:
-        """Take note of a step without waiting for it."""
+    def add(self, done: int, output: StepOutput) -> None:
+        """Take note of the step after which `done` are done, without waiting for it but for every tenth.
+
+        Raises:
+            Diverged: as `check` does.
+        """
         self._monitor.add(output)
+        if self._monitor.unsettled >= SKIPPED_IN_A_ROW:
+            self.check(done)
+
+    def check(self, done: int) -> None:
+        """Wait for the steps up to `done`, and make sure that there is something left to train.
+
+        Raises:
+            Diverged: a loss since the last report is not finite, or too many steps in a row had to be skipped.
+        """
+        monitor = self._monitor
+        monitor.settle()
+        require_finite(monitor.sum_loss, done)
+        if monitor.skipped_in_a_row >= SKIPPED_IN_A_ROW or monitor.skipped_steps == self._recipe.steps:
+            raise Diverged(
+                f"step {done}: no finite gradients in the last {monitor.skipped_in_a_row} steps, all of them skipped; "
+                "lower train.learning_rate or train.clip"
+            )
 
     def report(self, done: int, *, failed_checkpoints: int = 0) -> None:
         """Wait for the steps up to `done`, and write down how those since the last report were.
 
         Raises:
-            UserError: their loss is not finite, or too many in a row had to be skipped.
+            Diverged: as `check` does.
         """
+        self.check(done)
         recipe, monitor = self._recipe, self._monitor
-        monitor.settle()
         now = time.monotonic()
         rate = (done - self._rated_step) * recipe.tokens_per_step / (now - self._rated_at)
         left = clock((recipe.steps - done) * (now - self._started) / (done - self._first_step))
         self._rated_at, self._rated_step = now, done
         means, troubles = monitor.mean_since_last(), monitor.counts()
-        require_finite(means.get("loss", 0.0), done)
-        if monitor.skipped_in_a_row >= SKIPPED_IN_A_ROW or monitor.skipped_steps == recipe.steps:
-            raise UserError(
-                f"step {done}: no finite gradients in the last {monitor.skipped_in_a_row} steps, all of them skipped; "
-                "lower train.learning_rate or train.clip"
-            )
         if failed_checkpoints:
             troubles["failed_checkpoints"] = failed_checkpoints
         self._write(done, **means, tokens_per_second=rate, **troubles)
@@ -116,7 +131,7 @@ def require_finite(loss: float, step: int) -> None:
     """Stop where the loss after `step` says that there is nothing left to train.
 
     Raises:
-        UserError: it is infinite or no number.
+        Diverged: it is infinite or no number.
     """
     if not math.isfinite(loss):
-        raise UserError(f"step {step}: the loss is {loss}; lower train.learning_rate or train.clip")
+        raise Diverged(f"step {step}: the loss is {loss}; lower train.learning_rate or train.clip")

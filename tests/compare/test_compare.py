@@ -145,7 +145,6 @@ def test_results_json(results: Results, out: Path) -> None:
     assert from_mapping(CompareConfig, data["config"]) == results.config
     assert data["environment"]["torch"]
     assert (data["tokens"], data["context"], data["cache_dtype"]) == (256, 16, "bf16")
-    assert data["noise"]["seed_std"] > 0
     plain, shared, *_, nonsense = data["designs"]
     assert plain["design"] == "H8-MQA"
     assert shared["shape"]["num_kv_layers"] == 2
@@ -320,7 +319,7 @@ def test_any_exception_is_one_runs_failure(
     found = compare(config, tmp_path / "out")
     assert [summary.seeds for _, _, summary in found.finished] == [(0,), (0,)]
     assert found.to_first("CLA2") is None
-    assert found.noise is None
+    assert "cannot be told from one seed" in format_table(found).replace("\n", " ")
     assert "Failed: H8-MQA, seeds 0, 1: RuntimeError: no memory left\n" in format_table(found) + "\n"
     assert "Traceback" in capsys.readouterr().err  # for whoever has to find the reason
     assert (tmp_path / "out" / "report.html").exists()
@@ -329,6 +328,45 @@ def test_any_exception_is_one_runs_failure(
 def test_no_run_finished(workplace: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run finished; the first, nonsense"):
         compare(micro(workplace, designs=["nonsense", "more nonsense"], seeds=[0]), tmp_path / "out")
+
+
+def test_a_sample_that_no_model_could_write_is_refused_before_training(workplace: Path, tmp_path: Path) -> None:
+    config = micro(workplace, designs=["H8-MQA", "2,2,2"], sample={"design": "2,2,2", "prompt": "shared"})
+    with pytest.raises(UserError, match=r"^sample\.design: layer 0 reads a layer above it"):
+        compare(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sample_that_fails_costs_no_results(
+    results: Results,
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def break_down(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory left\nand a long story")
+
+    monkeypatch.setattr(crosslayer.compare.run, "LLM", break_down)
+    config = micro(workplace, designs=["CLA2"], seeds=[0], sample={"design": "CLA2", "prompt": "shared"})
+    found = compare(config, tmp_path / "out")
+    assert found.sample is None
+    assert not found.failures
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sample"] is None
+    assert (tmp_path / "out" / "report.html").exists()
+    errors = capsys.readouterr().err
+    assert "sample: failed: RuntimeError: no memory left\n" in errors
+    assert "Traceback" in errors  # for whoever has to find the reason
+
+
+def test_a_design_that_has_no_cache_is_not_trained(workplace: Path, tmp_path: Path) -> None:
+    """Layer 0 keeps its keys for 4 tokens, its values for layers that see all 16; with a window of 16 it may."""
+    found = compare(micro(workplace, designs=["CLA2", "0@4,1,1/0,1,0", "0@16,1,1/0,1,0"], seeds=[0]), tmp_path / "out")
+    assert [design.design for design, _, _ in found.finished] == ["CLA2", "0@16,1,1/0,1,0"]
+    assert not (tmp_path / "out" / "runs" / "0_4,1,1_0,1,0").exists()
+    assert "Failed: 0@4,1,1/0,1,0, seed 0: layer 0: its keys (layer 0) are cached for 4 tokens but its values " in (
+        " ".join(format_table(found).split())
+    )
 
 
 def test_windowed_designs_are_measured_at_the_context(workplace: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from crosslayer.compare.statistics import UNRESOLVED, Difference, Spread, measure_noise, student_t
+from crosslayer.compare.statistics import UNRESOLVED, Difference, Spread, student_t
 
 
 # Two-sided quantiles from published tables of Student's distribution.
@@ -48,6 +48,7 @@ def test_difference_is_paired_by_seed() -> None:
     half = 4.3027 * 0.1 / math.sqrt(3)
     assert difference.low == pytest.approx(0.2 - half, abs=1e-4)
     assert difference.high == pytest.approx(0.2 + half, abs=1e-4)
+    assert difference.half_width == pytest.approx(half, abs=1e-4)
     assert difference.verdict == UNRESOLVED == "not resolved at this size"
 
 
@@ -96,16 +97,3 @@ def test_spread_against_numpy() -> None:
     assert spread.mean == pytest.approx(np.mean(values))
     assert spread.std == pytest.approx(np.std(values, ddof=1))
     assert Spread.of([3.5]).std is None
-
-
-def test_noise_is_pooled_over_designs() -> None:
-    losses = [{0: 1.0, 1: 1.2, 2: 1.1}, {0: 2.0, 1: 2.4, 2: 2.2}, {0: 9.0}]
-    difference = Difference.between("b", losses[1], "a", losses[0])
-    assert difference is not None
-    noise = measure_noise(losses, [difference])
-    assert noise is not None
-    pooled = math.sqrt((2 * np.var([1.0, 1.2, 1.1], ddof=1) + 2 * np.var([2.0, 2.4, 2.2], ddof=1)) / 4)
-    assert noise.seed_std == pytest.approx(pooled)
-    assert noise.difference_std == pytest.approx(np.std([1.0, 1.2, 1.1], ddof=1))
-    assert noise.resolvable == pytest.approx(4.3027 * np.std([1.0, 1.2, 1.1], ddof=1) / math.sqrt(3), rel=1e-4)
-    assert measure_noise([{0: 1.0}, {0: 2.0}], []) is None

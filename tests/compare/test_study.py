@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 
 from benchmarks import study
 from benchmarks.study_plot import PAPER, draw, kind_of
-from benchmarks.study_report import QUESTIONS, gather, render
+from benchmarks.study_report import QUESTIONS, Arm, gather, render
 from crosslayer import checkpoint
 from crosslayer.compare import CompareConfig
 from crosslayer.data import prepare
@@ -61,7 +62,7 @@ class Place:
             "runs": self.folder / "runs",
         }
         fixed |= {"task-data": self.folder / "tasks", "tasks": "blimp", "task-items": 3, "commit": "abc"}
-        study.main([*arguments, *(f"--{name}={value}" for name, value in fixed.items())])
+        study.main([*(f"--{name}={value}" for name, value in fixed.items()), *arguments])
         return study.read_rows(self.results)
 
 
@@ -185,6 +186,45 @@ def test_tuning(
     place.results.write_text(before)
 
 
+def test_a_run_whose_loss_is_no_number_is_recorded_as_that(place: Place, rows: list[dict[str, Any]]) -> None:
+    before = place.results.read_text()
+    *others, row = place.run("control", "train.learning_rate=1e38")
+    assert others == rows
+    assert re.fullmatch(r"step \d+: the loss is (nan|inf); .*", row["error"])
+    assert "validation" not in row
+    place.results.write_text(before)
+
+
+def test_what_else_a_run_fails_of_ends_the_study_and_is_not_recorded(
+    place: Place, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a folder that is none, of one run or of all."""
+    (folder,) = filter(Path.is_dir, (place.folder / "runs").glob("H16-MQA-CLA2-wide-seed-0-rate-0.01-*"))
+    before = place.results.read_text()
+    place.results.write_text("")
+    folder.rename(place.folder / "aside")
+    folder.touch()
+    for arguments in ((), (f"--runs={place.results}",)):
+        with pytest.raises(SystemExit) as caught:
+            place.run("control", *arguments)
+        assert caught.value.code == 2
+        assert re.match(r"study.py: output folder .* cannot be written", capsys.readouterr().err.splitlines()[-1])
+        assert not place.results.read_text()
+    folder.unlink()
+    (place.folder / "aside").rename(folder)
+    place.results.write_text(before)
+
+
+def test_other_data_make_another_run(place: Place, rows: list[dict[str, Any]]) -> None:
+    """In a folder of its own: that of the run before would be refused."""
+    before = place.results.read_text()
+    *others, row = place.run("control", "data.valid_fraction=0.4")
+    assert others == rows
+    assert row["validation"]["tokens"] > rows[-1]["validation"]["tokens"]
+    assert row["settings"] == {**rows[-1]["settings"], "data": row["settings"]["data"]}
+    place.results.write_text(before)
+
+
 def test_mistakes(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in {
         ("nois",): "no stage 'nois'; stages: noise, tune, control",
@@ -227,6 +267,85 @@ def test_the_report_of_those_runs(place: Place, rows: list[dict[str, Any]]) -> N
     rows[0]["settings"]["data"] = kept
 
 
+def made_up_arm(design: str, parameters: int, losses: list[float], scores: dict[str, list[float]]) -> Arm:
+    """An arm with these losses, accuracies, perplexities of WikiText-2 and gains in recall by seed."""
+    rows = {}
+    for seed, loss in enumerate(losses):
+        found = {name: values[seed] for name, values in scores.items()}
+        acc = {
+            task: {"metrics": {"acc": {"value": found[task], "standard_error": 0.0123, "chance": None}}}
+            for task in ("lambada", "blimp")
+        }
+        perplexity = {"value": found["perplexity"], "standard_error": 2.0, "chance": None}
+        rows[seed] = {
+            "seed": seed,
+            "parameters": parameters,
+            "kv_bytes_per_token": 3072.0,
+            "tokens": 100,
+            "validation": {"loss": loss, "bits_per_byte": loss / 3, "standard_error": 0.05},
+            "tasks": acc | {"wikitext-2": {"metrics": {"token_perplexity": perplexity}}},
+            "recall": [
+                {"length": 64, "depth": depth, "accuracy": 0.0, "gain": found["gain"] + depth, "chance": 0.001}
+                for depth in (0.0, 1.0)
+            ],
+            "seconds": 60.0,
+            "evaluation_seconds": 0.0,
+            "environment": {"gpu": "here", "time": "2026-11-25"},
+        }
+    return Arm(design, 1e-3, rows, {1e-3: losses[0]})
+
+
+def test_the_report_of_scores_over_seeds() -> None:
+    """By hand: with three seeds in common, half an interval is 4.3027 / sqrt(3) standard deviations. Differences in
+    LAMBADA are 0.01, 0.02, 0.03; in BLiMP -0.02 all three; in loss on WikiText-2 ln(1.25), ln(1.25), 0; in gain 0.5."""
+    ours = {
+        "lambada": [0.06, 0.08, 0.10],
+        "blimp": [0.6, 0.61, 0.65],
+        "perplexity": [50, 50, 50],
+        "gain": [1.0, 2.0, 3.0],
+    }
+    other = {
+        "lambada": [0.05, 0.06, 0.07, 0.9],
+        "blimp": [0.62, 0.63, 0.67, 0.9],
+        "perplexity": [40, 40, 50, 2000],
+        "gain": [0.5, 1.5, 2.5, 9.0],
+    }
+    arms = [
+        made_up_arm("H64-MQA", 49_220_000, [3.5, 3.6, 3.7, 3.8], other),
+        made_up_arm("H128-MQA-CLA2", 50_000_000, [3.4, 3.5, 3.6], ours),
+    ]
+    text = render(arms, [row for arm in arms for row in arm.rows.values()])
+    pair = "| Equal cache: sharing, or smaller heads | `H128-MQA-CLA2` | `H64-MQA` |"
+    assert f"{pair} +0.78 M | −0.1000 ±0.0000 | 3 | lower loss |" in text
+    assert (
+        f"{pair} +0.0200 ±0.0248 | **−0.0200 ±0.0000** | +0.1488 ±0.3200 | +0.0000 ±0.0000 | **+0.5000 ±0.0000** |"
+        in text
+    )
+    assert "as of 5 comparisons of equals about 0 would" in text
+    assert "| `H64-MQA` | 0.270 (0.050–0.900) | 0.705 (0.620–0.900) | 532.5 (40.0–2,000) |" in text
+    assert "| s.e. over items, of `H64-MQA` with seed 0 | ±0.012 | ±0.012 | ±2.000 |" in text
+    assert text.count("±0.012 ") == 2
+    assert (
+        "| `H128-MQA-CLA2` | 0.000 (0.000–0.000) | 2.500 (1.500–3.500) | 0.000 (0.000–0.000) | 2.000 (1.000–3.000) |"
+        in text
+    )
+    assert "0.0000 (H128-MQA-CLA2 against H64-MQA). Not all designs have the same seeds: means are over" in text
+    equal = [made_up_arm(arm.design, 50_000_000, [3.5, 3.6], other) for arm in arms]
+    text = render(equal, [row for arm in equal for row in arm.rows.values()])
+    assert f"{pair} as many | +0.0000 ±0.0000 | 2 | not resolved at this size |" in text
+    assert "Not all designs" not in text
+    assert "added later" not in text
+    more = [
+        made_up_arm("H64-MQA", 50_000_000, [3.5, 3.6, 3.7, 3.8, 3.9], {name: [1.0] * 5 for name in other}),
+        made_up_arm("H128-MQA-CLA2", 50_001_000, [3.4, 3.5, 3.6, 3.9, 4.0], {name: [1.0] * 5 for name in ours}),
+    ]
+    text = render(more, [row for arm in more for row in arm.rows.values()])
+    assert f"{pair} as many | −0.0200 ±0.1360 | 5 | not resolved at this size |" in text
+    assert "|  |  | by the seeds added later alone |  | +0.1000 ±0.0000 | 2 | higher loss |" in text
+    alone = render(arms[:1], list(arms[0].rows.values()))
+    assert "comparisons of equals" not in alone
+
+
 # -- the study itself -------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +377,10 @@ def test_pairs_of_equal_cache_and_of_equal_parameters_are_that(shapes: dict[str,
                 assert ratio == pytest.approx(1, abs=1e-3)
             if "Half the cache" in question:
                 assert ratio == 0.5
+            if "within 2%" in question:
+                assert ratio == pytest.approx(1, rel=2e-2)
+            if "third less" in question:
+                assert ratio == pytest.approx(2 / 3)
             if "sixth more" in question:
                 assert ratio == pytest.approx(7 / 6)
             if "equal parameters" in question:
