@@ -37,8 +37,10 @@ def parse_lengths(text: str, longest: int) -> Lengths:
     try:
         if text.startswith("lognormal:"):
             median, sigma = map(float, text.split(":")[1:])
-            middle = math.log(median)
-            return lambda rng: max(1, min(longest, round(rng.lognormvariate(middle, sigma))))
+            if not (0 < median < math.inf and 0 <= sigma < math.inf):
+                raise ValueError
+            middle, top = math.log(median), math.log(longest)  # cut as a logarithm, which no sigma makes too large
+            return lambda rng: max(1, round(math.exp(min(top, rng.normalvariate(middle, sigma)))))
         low, colon, high = text.partition(":")
         bounds = int(low), int(high if colon else low)
         if not 1 <= bounds[0] <= bounds[1]:
@@ -85,8 +87,7 @@ class Load:
         self.most_open = max(self.most_open, self.open)
         try:
             async with asyncio.timeout(arguments.timeout):
-                self.outcomes[await self._stream(content, vanish_after)] += 1
-            self.prompt_tokens += len(prompt)
+                self.outcomes[await self._stream(content, len(prompt), vanish_after)] += 1
         except TimeoutError:
             self.outcomes["timed out"] += 1
         except (OSError, asyncio.IncompleteReadError) as error:
@@ -94,7 +95,7 @@ class Load:
         finally:
             self.open -= 1
 
-    async def _stream(self, content: bytes, vanish_after: int | None) -> str:
+    async def _stream(self, content: bytes, prompt_tokens: int, vanish_after: int | None) -> str:
         # Plain sockets, because a full HTTP client takes more of the CPU than the server does.
         sent = time.monotonic()
         reader, writer = await asyncio.open_connection(self.host, self.port)
@@ -104,9 +105,13 @@ class Load:
                 head += f"Authorization: Bearer {self.arguments.api_key}\r\n"
             head += f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
             writer.write(head.encode() + content)
-            status = int((await reader.readline()).split()[1])
+            answer = await reader.readline()
+            if not answer.endswith(b"\n"):
+                return "broken off"
+            status = int(answer.split()[1])
             if status != 200:
                 return f"status {status}"
+            self.prompt_tokens += prompt_tokens
             last, count = None, 0
             async for line in reader:
                 if line.startswith(b"data: [DONE]"):
@@ -215,14 +220,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("url")
     parser.add_argument("--model", required=True)
     load = parser.add_mutually_exclusive_group(required=True)
-    load.add_argument("--clients", type=int, help="this many, one request after the other")
-    load.add_argument("--rate", type=float, help="requests a second")
+    load.add_argument("--clients", type=count, help="this many, one request after the other")
+    load.add_argument("--rate", type=rate, help="requests a second")
     parser.add_argument("--arrivals", choices=("fixed", "poisson"), default="poisson", help="with --rate")
     parser.add_argument("--seconds", type=float, default=60, help="in which requests begin")
     parser.add_argument("--prompt-tokens", type=_lengths, default="lognormal:64:1")
     parser.add_argument("--output-tokens", type=_lengths, default="lognormal:64:1")
-    parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt, and of an output")
-    parser.add_argument("--vocab-size", type=int, default=256, help="prompts are of token ids below it")
+    parser.add_argument("--longest", type=count, default=256, help="tokens of a prompt, and of an output")
+    parser.add_argument("--vocab-size", type=count, default=256, help="prompts are of token ids below it")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--vanish", type=float, default=0.0, help="share of clients that break off in the middle")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one request")
@@ -231,6 +236,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pid", type=int, help="also watch the memory of this process, on Linux")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(argv)
+
+
+def count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def rate(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
 
 
 def _lengths(text: str) -> str:

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.drain < 0:
         raise UserError(f"--drain must not be negative, got {arguments.drain}")
     api_key = arguments.api_key if arguments.api_key is not None else os.environ.get("CROSSLAYER_API_KEY")
-    if api_key == "":
+    if api_key is not None and not (api_key := api_key.strip()):  # a file with a secret may end with a new line
         raise UserError("the API key is empty; leave it out where clients need none")
     try:
         from crosslayer.server import ChatTemplate, Service
@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
         max_running=arguments.max_running,
     )
     device = choose_device(arguments.device)
+    # Loading may take minutes; whether the address can be had is known now. Nobody is to wait there meanwhile.
+    _listen(arguments.host, arguments.port).close()
     model, tokenizer, _ = load_model(arguments.model, "cpu")  # the engine puts a copy of the weights where it runs
     engine = Engine(model, tokenizer, config, device=device)
     del model  # what the engine has copied is not needed twice
@@ -71,18 +73,17 @@ def run(arguments: argparse.Namespace) -> None:
     )
     listener = _listen(arguments.host, arguments.port)
     host, port = listener.getsockname()[:2]
-    print(
+    greeting = (
         f"{service.name}: a cache of {engine.runner.cache.nbytes:,} bytes for {engine.cache_tokens:,} tokens, "
         f"{'no ' if service.template is None else ''}chat template, {'a' if api_key else 'no'} key needed\n"
-        f"http://{f'[{host}]' if ':' in host else host}:{port}",
-        flush=True,
+        f"http://{f'[{host}]' if ':' in host else host}:{port}"
     )
-    serve(service, listener, arguments.drain)
+    serve(service, listener, arguments.drain, greeting)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the latter: no name of a host can be written like this
+        raise UserError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from None

@@ -25,7 +25,7 @@ from crosslayer.engine import Engine, SamplingParams
 from crosslayer.errors import UserError
 from crosslayer.server.answer import Answer, EventStream
 from crosslayer.server.chat import ChatTemplate
-from crosslayer.server.errors import ApiError
+from crosslayer.server.errors import ApiError, going_down
 from crosslayer.server.metrics import Metrics
 from crosslayer.server.openapi import describe_api
 from crosslayer.server.protocol import ChatRequest, CompletionRequest, describe
@@ -125,7 +125,9 @@ class Service:
             raise ApiError(400, f"{prompts * samples} samples in one request; this server takes {self.worker.capacity}")
 
     def _encode(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
-        return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        # All are texts or none is. A batch, even of one, because encoding one lets no other thread run meanwhile.
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        return self.tokenizer.encode_batch(texts) + [prompt for prompt in prompts if not isinstance(prompt, str)]
 
     async def _answer(
         self,
@@ -176,16 +178,19 @@ async def _read(request: Request, form: type[Body]) -> Body:
     """The body as `form`.
 
     Raises:
-        ApiError: it is too large, not JSON, or not of that form.
+        ApiError: it is too large, not JSON, or not of that form, or it does not come before the server goes down.
     """
     # A page in a browser can send other types to a server on this machine without asking; this one it cannot.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be application/json")
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY:
-            raise ApiError(413, f"the body has more than {MAX_BODY:,} bytes")
+    try:
+        async for part in request.stream():
+            content += part
+            if len(content) > MAX_BODY:
+                raise ApiError(413, f"the body has more than {MAX_BODY:,} bytes")
+    except asyncio.CancelledError:  # by uvicorn, when it has waited long enough
+        raise going_down() from None
     try:
         return form.model_validate_json(bytes(content))
     except ValidationError as error:
@@ -210,25 +215,26 @@ def _no_such_model(wrong: str, right: str) -> ApiError:
     return ApiError(404, f"there is no model {wrong!r} here; this is {right!r}", param="model", code="model_not_found")
 
 
-def _api_error(_: Request, error: Exception) -> Response:
+# Async, or each would take a thread, and time that a server that goes down has not.
+async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-def _user_error(_: Request, error: Exception) -> Response:
+async def _user_error(_: Request, error: Exception) -> Response:
     return ApiError(400, str(error)).response()
 
 
-def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     response = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail.lower()}").response()
     response.headers.update(error.headers or {})
     return response
 
 
-def _client_gone(_: Request, error: Exception) -> Response:
+async def _client_gone(_: Request, error: Exception) -> Response:
     return Response(status_code=499)  # which nobody will read
 
 
-def _internal_error(_: Request, error: Exception) -> Response:
+async def _internal_error(_: Request, error: Exception) -> Response:
     return ApiError(500, "an error inside the server; its log says which").response()

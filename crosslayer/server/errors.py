@@ -20,3 +20,7 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status)
         return JSONResponse(self.body(), self.status, headers=headers)
+
+
+def going_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutdown")

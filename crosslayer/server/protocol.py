@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from crosslayer.engine import SamplingParams
 from crosslayer.errors import UserError
@@ -36,17 +36,30 @@ LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 
 class _Strict(BaseModel):
-    """Types are not converted, unknown fields are refused, and null means the default."""
+    """Types are not converted, unknown fields are refused, and null means the default.
+
+    `neutral` has values of fields that are otherwise not known.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+    def _asked(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields, neutral = cls.model_fields, cls.neutral
+        asked = {key: value for key, value in data.items() if value is not None and value not in neutral.get(key, ())}
+        unknown = [key for key in asked if key not in fields]
+        for key in unknown[1:]:  # one is enough to refuse a million
+            del asked[key]
+        return asked
 
 
 class StreamOptions(_Strict):
+    neutral = {"include_obfuscation": (False,)}
+
     include_usage: bool = Field(False, description="A last chunk has the usage of the whole request.")
 
 
@@ -59,6 +72,8 @@ TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 class _Generate(_Strict):
     """What both endpoints take."""
+
+    neutral = NEUTRAL
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token.")
@@ -80,10 +95,11 @@ class _Generate(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral(cls, data: Any) -> Any:
+    def _without_labels(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {key: data[key] for key in data if key not in LABELS and data[key] not in NEUTRAL.get(key, ())}
+        left_out = {*LABELS, "best_of"} if data.get("best_of") == data.get("n") else LABELS  # the best N of N are all
+        return {key: data[key] for key in data if key not in left_out}
 
     @property
     def include_usage(self) -> bool:
@@ -142,16 +158,26 @@ class TextPart(_Strict):
     text: str
 
 
+# Not a union, whose errors would be those of both forms.
+_PARTS = TypeAdapter(Annotated[list[TextPart], Field(fail_fast=True)])
+
+
+def _text_of(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in _PARTS.validate_python(content))
+
+
 class Message(_Strict):
+    neutral = {"annotations": ([],), "tool_calls": ([],)}  # clients send replies back as they came
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str, BeforeValidator(_text_of, str | list[TextPart])]
     name: str | None = None
 
 
 class ChatRequest(_Generate):
     """Reply to messages, which the model's chat template makes into a prompt."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT64, description="The newer name of max_tokens.")
@@ -162,7 +188,7 @@ class ChatRequest(_Generate):
         Raises:
             UserError: `top_logprobs` without `logprobs`, or two different limits.
         """
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise UserError("top_logprobs goes with logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise UserError("max_tokens and max_completion_tokens are the same thing; give one of them")
@@ -175,9 +201,8 @@ class ChatRequest(_Generate):
         """As templates want them: the content one text."""
         result = []
         for message in self.messages:
-            content = message.content
-            text = content if isinstance(content, str) else "".join(part.text for part in content)
-            result.append({"role": message.role, "content": text} | ({"name": message.name} if message.name else {}))
+            name = {"name": message.name} if message.name else {}
+            result.append({"role": message.role, "content": message.content} | name)
         return result
 
 
@@ -187,13 +212,13 @@ def describe(error: ValidationError) -> tuple[str, str | None]:
     first = errors[0]
     if not first["loc"]:
         return f"the body is not a JSON object: {first['msg']}", None
-    field = str(first["loc"][0])
+    field, path = str(first["loc"][0]), ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        path = ".".join(map(str, first["loc"]))
-        known = field in NEUTRAL and len(first["loc"]) == 1
+        known = field in NEUTRAL and path == field
         return f"{path}: {'this server does not support it' if known else 'there is no such field'}", field
     if first["type"] == "missing":
-        return f"{'.'.join(map(str, first['loc']))}: it is missing", field
-    # A field with several forms has an error for each of them.
+        return f"{path}: it is missing", field
+    if not path.endswith("str"):  # as pydantic calls the first form of a field that is a text or something else
+        return f"{path}: {first['msg'].lower()}", field
     reasons = dict.fromkeys(item["msg"].lower() for item in errors if item["loc"][0] == field)
     return f"{field}: {', or: '.join(reasons)}", field

@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from crosslayer.data import Tokenizer
+from crosslayer.data import StreamDecoder, Tokenizer
 from crosslayer.engine import Output, TokenLogprobs
 from crosslayer.engine.request import FinishReason
 
@@ -107,10 +107,18 @@ class Error(TypedDict):
     error: ErrorBody
 
 
+# The characters that stand for bytes in the tokens of byte-level BPE: for a printable one of Latin-1 itself, for the
+# others those from 256 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+
+
 class Speller:
     """Tokens as text, one by one. Part of a character shows as U+FFFD, a special token by its name."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self._backend = tokenizer.backend
         self._anchor = tokenizer.encode("a")  # keeps the leading space that some decoders strip
         self._skip = len(self._decode(self._anchor))
@@ -118,6 +126,20 @@ class Speller:
 
     def _spell(self, token: int) -> str:
         return self._decode([*self._anchor, token])[self._skip :]
+
+    def raw(self, token: int) -> bytes | None:
+        """The bytes of its text; of a part of a character only where the tokenizer is byte-level BPE."""
+        text = self.spell(token)
+        if "\ufffd" not in text:
+            return text.encode()
+        name = self._backend.id_to_token(token) or ""
+        raw = bytes(_BYTES[character] for character in name if character in _BYTES)
+        return raw if raw.decode(errors="replace") == text else None
+
+    def key(self, token: int) -> str:
+        """As OpenAI's completions name it: a part of a character by its bytes, so that two of them differ."""
+        raw = self.raw(token) if "\ufffd" in self.spell(token) else None
+        return self.spell(token) if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=False)
@@ -128,17 +150,20 @@ class Choice:
     """One sample on its way to a client: its text and log-probabilities, so far or since they were last taken."""
 
     def __init__(self, speller: Speller, text: str = "") -> None:
-        self._spell = speller.spell
+        self._speller = speller
         self._text, self._offset = [text], len(text)
-        self._tokens: list[tuple[int, str, TokenLogprobs]] = []  # with where the token's text begins
+        self._decoder = StreamDecoder(speller.tokenizer)  # the engine's text stays behind while a stop may come
+        self._tokens: list[tuple[int, int, TokenLogprobs]] = []  # where the token's text begins, and the token
         self.finish_reason: FinishReason | None = None
 
     def add(self, output: Output) -> None:
         self._text.append(output.text)
         if output.token is not None and output.logprobs is not None:
-            text = self._spell(output.token)
-            self._tokens.append((self._offset, text, output.logprobs))
-            self._offset += len(text)
+            piece = self._decoder.push(output.token)
+            # The piece begins with what a character was waiting for, or with U+FFFD for one that was never finished.
+            before = max(0, len(piece) - len(self._speller.spell(output.token)))
+            self._tokens.append((self._offset + before, output.token, output.logprobs))
+            self._offset += len(piece)
         self.finish_reason = output.finish_reason
 
     def take_text(self) -> str:
@@ -147,28 +172,29 @@ class Choice:
         return text
 
     def take_completion_logprobs(self) -> CompletionLogprobs:
-        """Of tokens that are spelt alike `top_logprobs` has the likeliest."""
+        """Of tokens that are spelt alike `top_logprobs` has the likeliest. The tokens of a character begin where it
+        does."""
         taken, self._tokens = self._tokens, []
+        key = self._speller.key
         return {
-            "tokens": [text for _, text, _ in taken],
+            "tokens": [key(token) for _, token, _ in taken],
             "token_logprobs": [item.logprob for _, _, item in taken],
-            "top_logprobs": [
-                {self._spell(token): value for token, value in reversed(item.top)} for _, _, item in taken
-            ],
+            "top_logprobs": [{key(token): value for token, value in reversed(item.top)} for _, _, item in taken],
             "text_offset": [offset for offset, _, _ in taken],
         }
 
     def take_chat_logprobs(self) -> ChatLogprobs:
         taken, self._tokens = self._tokens, []
-        content: list[ChatLogprob] = []
-        for _, text, item in taken:
-            top = [_top(self._spell(token), value) for token, value in item.top]
-            content.append({**_top(text, item.logprob), "top_logprobs": top})
-        return {"content": content}
+        return {
+            "content": [
+                {**self._top(token, item.logprob), "top_logprobs": [self._top(*pair) for pair in item.top]}
+                for _, token, item in taken
+            ]
+        }
 
-
-def _top(text: str, logprob: float) -> TopLogprob:
-    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+    def _top(self, token: int, logprob: float) -> TopLogprob:
+        raw = self._speller.raw(token)
+        return {"token": self._speller.spell(token), "logprob": logprob, "bytes": None if raw is None else [*raw]}
 
 
 class CompletionFormat:

@@ -15,25 +15,35 @@ from crosslayer.server.app import Service
 _LAST_SECONDS = 3
 
 
-def run(service: Service, listener: socket, drain: int) -> None:
+def run(service: Service, listener: socket, drain: int, greeting: str) -> None:
     """Serve on `listener` until SIGTERM, which lets nobody new in. Answers then have `drain` seconds to end, and what
-    is left ends with an error. SIGINT does the same, and raises KeyboardInterrupt."""
+    is left ends with an error. SIGINT does the same, a second one at once, and raises KeyboardInterrupt.
+
+    `greeting` is printed when requests are taken.
+    """
     settings = uvicorn.Config(
         service.app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain + _LAST_SECONDS
     )
+    server = _Server(settings, service, drain, greeting)
+    # Also what uvicorn puts back at its end, to raise the signal once more for it: so the process ends with status 0.
+    signal.signal(signal.SIGTERM, server.handle_exit)
     # Or every now and then Python would look through all of it for garbage, which takes a tenth of a second.
     gc.collect()
     gc.freeze()
-    # Uvicorn raises the signal again when it is done, for whoever handled it before; here that is the end, status 0.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    _Server(settings, service, drain).run([listener])
+    server.run([listener])
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, settings: uvicorn.Config, service: Service, drain: int) -> None:
+    def __init__(self, settings: uvicorn.Config, service: Service, drain: int, greeting: str) -> None:
         super().__init__(settings)
-        self._service, self._drain = service, drain
+        self._service, self._drain, self._greeting = service, drain, greeting
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._greeting, flush=True)
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._drain, self._service.worker.drop_all)
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves this out, but Python must not end while the engine's thread computes
+            await self.lifespan.shutdown()

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from queue import SimpleQueue
 
 from crosslayer.engine import Engine, Output, Request, SamplingParams
-from crosslayer.server.errors import ApiError
+from crosslayer.server.errors import ApiError, going_down
 from crosslayer.server.metrics import Metrics
 
 log = logging.getLogger("crosslayer.server")
@@ -73,7 +73,7 @@ class Worker:
         self.engine, self.metrics = engine, metrics
         self.capacity = engine.config.max_running + max_queue
         self.num_samples = 0  # here: queued, running, or aborted and not yet out of the engine
-        self._last_step_failed = False
+        self._last_step_failed = self._going_down = False
         # A request to add, the id of one to abort, or None to end the thread.
         self._inbox: SimpleQueue[Request | str | None] = SimpleQueue()
         self._generations: dict[str, tuple[Generation, int]] = {}  # and the number of the prompt in it, by request
@@ -100,8 +100,10 @@ class Worker:
 
         Raises:
             UserError: the engine could not serve one of them even alone.
-            ApiError: the queue is full.
+            ApiError: the queue is full, or the server is going down.
         """
+        if self._going_down:
+            raise going_down()
         requests = [Request(str(next(self._numbers)), tuple(prompt), params) for prompt in prompts]
         for request in requests:
             self.engine.check(request)
@@ -123,9 +125,10 @@ class Worker:
             self._inbox.put(request_id)
 
     def drop_all(self) -> None:
-        """Give up what is here, because the server is going down."""
+        """Give up what is here and what comes, because the server is going down."""
+        self._going_down = True
         for generation, _ in self._generations.values():
-            generation.fail(ApiError(503, "the server is shutting down", code="shutdown"))
+            generation.fail(going_down())
         self.abort(list(self._generations))
 
     def _deliver(self, outputs: list[Output], lost: set[str], failed: bool) -> None:

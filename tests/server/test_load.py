@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import measure, parse, parse_lengths, percentiles
+from benchmarks.load import Load, measure, parse, parse_lengths, percentiles
 from tests.server.servers import save_folder
 
 
@@ -28,21 +28,70 @@ def test_percentiles() -> None:
 def test_lengths_stay_within_their_bounds() -> None:
     rng = random.Random(0)
     drawn = {
-        text: [parse_lengths(text, 50)(rng) for _ in range(2000)] for text in ("7", "3:9", "40:90", "lognormal:20:1")
+        text: [parse_lengths(text, 50)(rng) for _ in range(2000)]
+        for text in ("7", "3:9", "40:90", "lognormal:20:1", "lognormal:20:1e9")
     }
     assert {*drawn["7"]} == {7}
     assert {*drawn["3:9"]} == {*range(3, 10)}
     assert {*drawn["40:90"]} == {*range(40, 51)}
+    assert {*drawn["lognormal:20:1e9"]} == {1, 50}
     assert min(drawn["lognormal:20:1"]) >= 1
     assert max(drawn["lognormal:20:1"]) == 50
     assert statistics.median(drawn["lognormal:20:1"]) == pytest.approx(20, abs=2)
 
 
-@pytest.mark.parametrize("text", ["", "out.json", "0", "9:3", "3:", "lognormal:20", "lognormal:0:1", "lognormal:a:1"])
+NO_LENGTHS = ("", "out.json", "0", "9:3", "3:", "lognormal:20", "lognormal:0:1", "lognormal:a:1")
+
+
+@pytest.mark.parametrize("text", [*NO_LENGTHS, "lognormal:inf:1", "lognormal:64:nan", "lognormal:64:inf"])
 def test_other_lengths_are_refused_at_once(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse(["http://127.0.0.1:1", "--model", "tiny", "--clients", "1", f"--output-tokens={text}"])
     assert f"lengths are a number, A:B or lognormal:MEDIAN:SIGMA, got {text!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--rate=-1", "--rate=0", "--rate=nan", "--rate=inf", "--clients=0", "--vocab-size=0", "--longest=0"]
+)
+def test_other_figures_are_refused_at_once(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    others = [] if option.startswith(("--rate", "--clients")) else ["--clients=1"]
+    with pytest.raises(SystemExit, match="2"):
+        parse(["http://127.0.0.1:1", "--model", "tiny", option, *others])
+    name, value = option.split("=")
+    error = capsys.readouterr().err
+    assert f"argument {name}: must be" in error
+    assert error.endswith(f"got {value}\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome", "tokens"),
+    [
+        (b"", "broken off", 0),
+        (b"HTTP/1.1 2", "broken off", 0),
+        (b"HTTP/1.1 429 Too Many Requests\r\n\r\n", "status 429", 0),
+        (b"HTTP/1.1 200 OK\r\n\r\n", "broken off", 7),
+    ],
+)
+def test_answers_that_are_none(answer: bytes, outcome: str, tokens: int) -> None:
+    """Counted as what they are, and their prompts only where the server took them."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b'"logprobs": 0}')
+        writer.write(answer)
+        writer.close()
+
+    async def run() -> Load:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            load = Load(
+                parse([f"http://127.0.0.1:{port}", "--model", "tiny", "--clients", "1", "--prompt-tokens", "7"])
+            )
+            await load.request()
+            return load
+
+    load = asyncio.run(run())
+    assert load.outcomes == {outcome: 1}
+    assert load.prompt_tokens == tokens
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import openai
 import pytest
 import torch
 
-from crosslayer.engine import LLM, SamplingParams
+from crosslayer.engine import LLM, Output, SamplingParams, TokenLogprobs
+from crosslayer.server.responses import Choice, Speller
 from tests.server.servers import CONFIG, MODEL, TOKENIZER, Live, greedy, serving
 
 PROMPT = "three cats sat on mats and"
@@ -95,9 +96,12 @@ def test_logprobs_are_the_models(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt=IDS, max_tokens=6, temperature=0, logprobs=3)
     got = answer.choices[0].logprobs
     assert got.token_logprobs == pytest.approx(drawn, abs=1e-4)
-    assert got.text_offset == [sum(map(len, got.tokens[:place])) for place in range(6)]
+    text = answer.choices[0].text
+    for token, offset in zip(got.tokens, got.text_offset, strict=True):
+        assert text[offset:].startswith("\ufffd" if token.startswith("bytes:") else token)
+    assert sum(token.startswith("bytes:") for token in got.tokens) == 3
     for top, row in zip(got.top_logprobs, logprobs, strict=True):
-        assert max(top.values()) == pytest.approx(row.max().item(), abs=1e-4)
+        assert [*top.values()] == pytest.approx(row.topk(3).values.flip(0).tolist(), abs=1e-4)
 
     messages = [{"role": "user", "content": "rats"}]
     chat = client.chat.completions.create(
@@ -105,7 +109,26 @@ def test_logprobs_are_the_models(client: openai.OpenAI) -> None:
     )
     for item in chat.choices[0].logprobs.content:
         assert item.logprob == item.top_logprobs[0].logprob >= item.top_logprobs[1].logprob
-        assert item.bytes is None or bytes(item.bytes).decode() == item.token
+        assert bytes(item.bytes).decode(errors="replace") == item.token
+
+
+def test_tokens_of_a_character() -> None:
+    """Fed by hand, because a model of random weights writes none."""
+    text, tokens = "é→😀 cats", TOKENIZER.encode("é→😀 cats")
+    choice = Choice(Speller(TOKENIZER), "rats ")
+    for token in tokens:  # the text is held back, as it is where a stop string may come
+        choice.add(Output("0", 0, token, "", TokenLogprobs(0.0)))
+    content = choice.take_chat_logprobs()["content"]
+    assert bytes(byte for item in content for byte in item["bytes"] or ()) == text.encode()
+    assert [item["token"] for item in content] == ["\ufffd"] * 9 + [" cats"]
+    for token in [*tokens, TOKENIZER.eos_id, *tokens]:
+        choice.add(Output("0", 0, token, "", TokenLogprobs(0.0)))
+    got = choice.take_completion_logprobs()
+    places = [0, 0, 1, 1, 1, 2, 2, 2, 2, 3]
+    begin, end = len("rats " + text), len("rats " + 2 * text)
+    assert got["text_offset"] == [*(begin + place for place in places), end, *(end + place for place in places)]
+    assert got["tokens"][:2] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert got["tokens"][9:11] == [" cats", "<|endoftext|>"]
 
 
 def test_seed_stop_echo_and_ends(client: openai.OpenAI) -> None:
@@ -149,6 +172,12 @@ def test_every_way_to_sample_reaches_the_engine(client: openai.OpenAI, change: d
 
 def test_what_openai_knows_and_we_do_not_may_be_neutral(client: openai.OpenAI) -> None:
     client.completions.create(model="tiny", prompt="rats", best_of=1, logit_bias={}, suffix=None, user="me")
+    client.completions.create(model="tiny", prompt="rats", best_of=2, n=2)
+    reply = {"role": "assistant", "content": "cats", "refusal": None, "annotations": [], "tool_calls": []}
+    settings = {"model": "tiny", "messages": [reply], "max_tokens": 1}
+    client.chat.completions.create(logprobs=False, top_logprobs=0, **settings)
+    for _ in client.chat.completions.create(stream=True, stream_options={"include_obfuscation": False}, **settings):
+        pass
     with pytest.raises(openai.BadRequestError, match="does not support it") as refused:
         client.completions.create(model="tiny", prompt="rats", logit_bias={"1": 1})
     assert refused.value.param == "logit_bias"

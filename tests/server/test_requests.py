@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from crosslayer.engine import EngineConfig
 from crosslayer.server.app import MAX_BODY
+from crosslayer.server.protocol import ChatRequest
 from tests.server.servers import CONFIG, Live, serving, until
+
+SAYS = {"role": "user", "content": "cats"}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,11 @@ def assert_error(status: int, body: Any, expected: int, words: str) -> None:
         ({"stream": 1}, "stream: input should be a valid boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options goes with stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x: there is no such field"),
-        ({"best_of": 4}, "best_of: this server does not support it"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "include_obfuscation: there is no such field",
+        ),
+        ({"best_of": 4, "n": 2}, "best_of: this server does not support it"),
         ({"temprature": 1}, "temprature: there is no such field"),
         ({"messages": []}, "messages: there is no such field"),
     ],
@@ -84,8 +95,17 @@ def test_what_a_completion_must_not_ask(live: Live, change: dict[str, Any], word
     [
         ({"messages": []}, "messages: list should have at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages.0.content: it is missing"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "messages: input should be 'system', 'developer'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]}, "input should be 'text'"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: input should be 'system', 'developer'"),
+        (
+            {"messages": [SAYS, {"role": "tool", "content": "a", "tool_call_id": "b"}]},
+            "messages.1.role: input should be",
+        ),
+        (
+            {"messages": [SAYS, {"role": "user", "content": [IMAGE]}]},
+            "messages.1.content.0.type: input should be 'text'",
+        ),
+        ({"messages": [SAYS, {"role": "user", "content": 3}]}, "messages.1.content: input should be a valid array"),
+        ({"messages": [SAYS, {**SAYS, "tool_calls": [{}]}]}, "messages.1.tool_calls: there is no such field"),
         ({"top_logprobs": 2}, "top_logprobs goes with logprobs"),
         ({"max_tokens": 2, "max_completion_tokens": 3}, "are the same thing"),
         ({"tools": [{"type": "function"}]}, "tools: this server does not support it"),
@@ -114,6 +134,34 @@ def test_what_a_chat_must_not_ask(live: Live, change: dict[str, Any], words: str
 def test_what_is_no_request_at_all(live: Live, raw: bytes, words: str) -> None:
     status, text = live.call("POST", "/v1/completions", raw=raw)
     assert_error(status, json.loads(text), 400, words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{}] * 1000},
+        {"messages": [{"role": "user", "content": [{}] * 1000}]},
+        {"messages": [SAYS | {str(number): 0 for number in range(1000)}]},
+        {str(number): 0 for number in range(1000)},
+    ],
+    ids=["messages", "parts", "fields of a message", "fields"],
+)
+def test_what_is_wrong_a_million_times_is_not_counted(change: dict[str, Any]) -> None:
+    """With millions of errors in 8 MB nobody else would be answered for half a minute."""
+    with pytest.raises(ValidationError) as refused:
+        ChatRequest.model_validate_json(json.dumps({"model": "tiny", "messages": [SAYS], **change}))
+    assert refused.value.error_count() < 4
+
+
+def test_others_are_answered_while_a_long_text_is_encoded(live: Live) -> None:
+    started, waits = time.monotonic(), list[float]()
+    long = threading.Thread(target=live.complete, kwargs={"prompt": "three cats sat on " * 100_000})
+    long.start()
+    while long.is_alive():
+        asked = time.monotonic()
+        assert live.call("GET", "/health")[0] == 200
+        waits.append(time.monotonic() - asked)
+    assert max(waits) < (time.monotonic() - started) / 2
 
 
 def test_wrong_places_types_and_sizes(live: Live) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,18 +96,30 @@ def test_a_preempting_engine_serves_the_same_text() -> None:
         (["--max-queue", "-1"], "--max-queue must not be negative"),
         (["--drain", "-1"], "--drain must not be negative"),
         (["--api-key", ""], "the API key is empty"),
+        (["--api-key", " \n"], "the API key is empty"),
         (["--cache", "10"], "cache"),
-        (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1:8000"),
+        (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1:0"),
+        (["--host", "a..b"], "cannot listen on a..b:0"),
+        (["--host", "a" * 70], "cannot listen on aaa"),
     ],
 )
 def test_what_the_command_refuses(
     arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_folder(tmp_path / "model")
-    assert main(["serve", str(tmp_path / "model"), *arguments]) == 2
+    port = [] if "--port" in arguments else ["--port", "0"]
+    assert main(["serve", str(tmp_path / "model"), *port, *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_an_address_that_is_taken_is_told_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert main(["serve", str(tmp_path / "nothing"), "--port", str(other.getsockname()[1])]) == 2
+    assert "Address already in use" in capsys.readouterr().err
 
 
 def refuses(port: int) -> bool:
@@ -155,6 +168,63 @@ def test_sigterm_lets_answers_end_for_a_while(tmp_path: Path, drain: int) -> Non
         assert process.wait(timeout=30) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("delay", [0, 0.03])
+def test_sigterm_counts_from_when_the_address_is_printed(tmp_path: Path, delay: float) -> None:
+    with command(tmp_path / "tiny") as (process, _):
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_a_second_interrupt_under_load_ends_the_rest(tmp_path: Path) -> None:
+    body = {"model": "tiny", "prompt": "three cats", "max_tokens": 120, "ignore_eos": True, "n": 100}
+    with command(tmp_path / "tiny") as (process, port):
+        connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=30) for _ in range(12)]
+        for number, connection in enumerate(connections):
+            content = json.dumps({**body, "stream": number % 2 == 1})
+            connection.request("POST", "/v1/completions", content, {"content-type": "application/json"})
+        connections[-1].sock.recv(1, socket.MSG_PEEK)
+        process.send_signal(signal.SIGINT)
+        until(lambda: refuses(port))
+        process.send_signal(signal.SIGINT)
+        for connection in connections:
+            assert "the server is shutting down" in connection.getresponse().read().decode()
+        assert process.wait(timeout=30) == 128 + signal.SIGINT
+        assert process.stderr is not None
+        assert process.stderr.read() == "\ninterrupted\n"
+
+
+def test_who_comes_when_all_was_dropped_is_refused() -> None:
+    """Such as a long text that was being encoded when the time was over."""
+    with serving() as live:
+        live.service.worker.drop_all()
+        status, body = live.complete()
+        assert (status, body["error"]["code"]) == (503, "shutdown")
+
+
+def test_an_upload_that_does_not_end_is_refused_at_the_end(tmp_path: Path) -> None:
+    with command(tmp_path / "tiny", "--drain", "0", "--api-key", "sesame\n") as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.putrequest("POST", "/v1/completions")
+        for name, value in {
+            "content-type": "application/json",
+            "content-length": "100",
+            "authorization": "Bearer sesame",  # the key without the white space around it
+        }.items():
+            connection.putheader(name, value)
+        connection.endheaders(b"{")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        response = connection.getresponse()
+        assert response.status == 503
+        assert "the server is shutting down" in json.loads(response.read())["error"]["message"]
+        assert process.wait(timeout=30) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_the_example_in_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
