@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from crosslayer.errors import UserError
-from crosslayer.files import read_json, write_json
+from crosslayer.files import flush, read_json, write_json
 
 CHECKSUMS = "checksums.json"
 
@@ -22,15 +21,13 @@ CHECKSUMS = "checksums.json"
 def new_folder(target: Path, marker: str) -> Iterator[Path]:
     """A scratch folder that becomes `target` when the block ends well, and disappears when it does not.
 
-    The files in it are checksummed into `checksums.json`. An existing `target` is replaced only if it is empty or
-    holds the file `marker`, which tells that it is a folder of the same kind.
+    The files in it are checksummed into `checksums.json`.
 
     Raises:
-        UserError: `target` exists and is something else, or cannot be written.
+        UserError: `target` is something that `check_target` refuses to replace, or cannot be written.
     """
-    target = target.absolute()
-    if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
-        raise UserError(f"{target}: exists and is not a folder with a {marker}; choose another place")
+    target = target.resolve()  # a link goes on to show where it does
+    check_target(target, marker)
     scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +52,24 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_target(target: Path, marker: str) -> None:
+    """That `new_folder` would replace nothing but an empty folder, or one of the same kind as it was written: with the
+    file `marker` in it, and nothing that its `checksums.json` does not list.
+
+    Raises:
+        UserError: `target` is something else; the message names what is in the way.
+    """
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if target.exists() and marker not in names and (names or not target.is_dir()):
+        raise UserError(f"{target}: exists and is not a folder with a {marker}; choose another place")
+    listed = {CHECKSUMS, *read_json(target / CHECKSUMS)} if CHECKSUMS in names else set()
+    if foreign := max(names - listed, default=None):  # hidden ones come first
+        raise UserError(
+            f"{target}: exists, and {foreign} in it was not saved with a model (no {CHECKSUMS} lists it); "
+            "choose another place"
+        )
 
 
 def seal(folder: Path, checksums: dict[str, str]) -> None:
@@ -84,12 +99,3 @@ def check_folder(folder: Path) -> None:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Make sure that a file, or a folder's list of names, is on the disk before we go on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

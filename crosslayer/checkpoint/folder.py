@@ -11,12 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosslayer.checkpoint.files import check_folder, new_folder
+from crosslayer.checkpoint.files import CHECKSUMS, check_folder, check_target, new_folder
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, write_json
 from crosslayer.model import Transformer
 from crosslayer.plan import ModelConfig
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -32,13 +33,13 @@ class SavesToFolder(Protocol):
 def save(
     model: Transformer, folder: str | Path, *, tokenizer: SavesToFolder | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a model folder, replacing an earlier one in one step.
+    """Write a model folder, replacing an earlier one in one step if it holds nothing else.
 
     An unshared model of a shape that Llama, Mistral, Qwen2 or Qwen3 can express is written as that model. Weights are
     stored as `dtype`, or as they are. A `tokenizer` puts its own files beside them.
 
     Raises:
-        UserError: `folder` exists and is not a model folder, or cannot be written.
+        UserError: `folder` exists and holds something else than a model that was saved, or cannot be written.
     """
     state = {
         name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
@@ -46,8 +47,8 @@ def save(
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
     stored_dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    with new_folder(Path(folder), "config.json") as scratch:
-        write_json(scratch / "config.json", {**model.config.to_dict(), "dtype": stored_dtype})
+    with new_folder(Path(folder), CONFIG) as scratch:
+        write_json(scratch / CONFIG, {**model.config.to_dict(), "dtype": stored_dtype})
         shards = _split(state)
         if len(shards) == 1:
             save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
@@ -63,6 +64,15 @@ def save(
             tokenizer.save(scratch)
 
 
+def check_place(folder: Path) -> None:
+    """Before the work that makes a model: `save` may write it to `folder`.
+
+    Raises:
+        UserError: something else is there.
+    """
+    check_target(folder, CONFIG)
+
+
 def load(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """Read a model folder: ours, or a Llama, Mistral, Qwen2 or Qwen3 checkpoint. Weights keep their stored dtype
     unless `dtype` is given.
@@ -73,7 +83,10 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     """
     folder = Path(folder)
     config = ModelConfig.from_json_file(folder)
-    check_folder(folder)
+    try:
+        check_folder(folder)
+    except UserError as error:
+        raise UserError(f"{error}; to keep a change of your own, remove {CHECKSUMS}") from None
     with torch.device("meta"):
         model = Transformer(config)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}

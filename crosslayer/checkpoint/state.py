@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from crosslayer.checkpoint.files import CHECKSUMS, check_folder, flush, seal, sha256
+from crosslayer.checkpoint.files import CHECKSUMS, check_folder, seal, sha256
 from crosslayer.errors import UserError
-from crosslayer.files import read_json, write_json
+from crosslayer.files import flush, read_json, write_json
 from crosslayer.ranks import gather, rank, side_group
 
 KEPT = 2
@@ -103,15 +103,23 @@ class Checkpoints:
         A damaged checkpoint is passed over, with a warning, for the one before it.
 
         Raises:
-            UserError: there is no whole checkpoint of the `step` asked for.
+            UserError: there is no whole checkpoint of the `step` asked for, or none at all among those that are there,
+                or it is one of another model.
         """
         # Rank 0 decides for all, so that none resumes from another step than the rest.
-        progress = gather(self._newest_whole(step) if rank() == 0 else None, self._group)[0]
+        found = (self._newest_whole(step), self.steps()) if rank() == 0 else (None, [])
+        progress, steps = gather(found, self._group)[0]
         if progress is None:
             if step is not None:
-                raise UserError(f"{self.folder}: no whole checkpoint of step {step}; there are those of {self.steps()}")
+                raise UserError(f"{self.folder}: no whole checkpoint of step {step}; there are those of {steps}")
+            if steps:  # starting again would overwrite what may be mended
+                raise UserError(f"{self.folder}: no whole checkpoint in it; remove it to start from the beginning")
             return None
-        _restore(self._path(progress["step"]), model, optimizer)
+        path = self._path(progress["step"])
+        try:
+            _restore(path, model, optimizer)
+        except (KeyError, ValueError, RuntimeError) as error:  # of the planner, or a parameter that is not there
+            raise UserError(f"{path}: not a checkpoint of this model: {str(error).splitlines()[0]}") from error
         return progress
 
     def _path(self, step: int) -> Path:
@@ -125,7 +133,10 @@ class Checkpoints:
                 path = self._path(candidate)
                 read_json(path / CHECKSUMS)
                 check_folder(path)
-                return read_json(path / PROGRESS)
+                progress = read_json(path / PROGRESS)
+                if progress.get("step") != candidate:
+                    raise UserError(f"{path}: is that of step {progress.get('step')}, renamed")
+                return progress
             except UserError as error:
                 warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
         return None

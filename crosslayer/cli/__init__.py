@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from crosslayer.cli import compare, evaluate, export, generate, plan, serve, train
 from crosslayer.errors import Stopped, UserError
+from crosslayer.files import say
 from crosslayer.version import __version__
 
 COMMANDS = {
@@ -47,21 +48,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.description = module.HELP
     module.add_arguments(command)
     arguments = command.parse_intermixed_args(given[1:])  # options may stand anywhere
+    status = 128 + signal.SIGPIPE
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"{command.prog}: warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: say(f"{command.prog}: warning: {message}")
             module.run(arguments)
+        status = 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"{command.prog}: {error}", file=sys.stderr)
-        return 2
+        say(f"{command.prog}: {error}")
+        status = 2
     except Stopped as stopped:
         if str(stopped):
-            print(f"{command.prog}: {stopped}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+            say(f"{command.prog}: {stopped}")
+        status = 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        say("\ninterrupted")
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output, such as head, has gone; no matter if the work was done
+        pass
+    except OSError as error:  # a file or a disk that is not as the command needs it
+        say(f"{command.prog}: {error}")
+        status = 2
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try once more at its end, and change the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status

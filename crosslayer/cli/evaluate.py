@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -75,14 +76,15 @@ def run(arguments: argparse.Namespace) -> None:
     record: dict[str, Any] = {"model": arguments.model}
     parts: list[str] = []
     with autocast(device, "auto"):
-        if arguments.text or arguments.held_out or not (arguments.tasks or arguments.recall):
+        other = arguments.tasks is not None or arguments.recall
+        if arguments.text or arguments.held_out is not None or not other:
             _add_text(arguments, model, tokenizer, record, parts)
-        if arguments.tasks:
+        if arguments.tasks is not None:
             _add_tasks(arguments, model, tokenizer, record, parts)
         if arguments.recall:
             _add_recall(arguments, model, tokenizer, record, parts)
     if arguments.json:
-        write_json_output(arguments.json, {**record, "environment": describe_environment()})
+        write_json_output(arguments.json, _as_json({**record, "environment": describe_environment()}))
     if arguments.json != "-":
         print("\n\n".join(parts))
 
@@ -173,6 +175,15 @@ def _with_error(value: float, error: float | None) -> str:
     return f"{value:,.{digits}f}" + ("" if error is None else f" ±{error:,.{digits}f}")
 
 
+def _as_json(value: Any) -> Any:
+    """The same with null for infinity and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _progress(line: Any, what: str) -> Callable[[int, int], None]:
     """Done, rate and time left on a progress line."""
     from crosslayer.train.metrics import clock
@@ -198,5 +209,7 @@ def _texts(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.text:
         files = DataConfig(source="text", paths=tuple(arguments.text))
         return (document.text for document in read_documents(files, files.paths))
-    config = load_settings(TrainConfig, Path(arguments.held_out)).data if arguments.held_out else DataConfig()
+    config = DataConfig()
+    if arguments.held_out is not None:
+        config = load_settings(TrainConfig, Path(arguments.held_out)).data
     return (document.text for split, document in split_documents(config) if split == "valid")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import zlib
 from dataclasses import replace
@@ -19,6 +18,7 @@ from crosslayer.cli.common import (
     write_json_output,
 )
 from crosslayer.errors import UserError
+from crosslayer.files import say
 
 HELP = "continue one prompt, streaming, or a file of prompts as a batch"
 
@@ -88,17 +88,16 @@ def run(arguments: argparse.Namespace) -> None:
         for prompt, completion in rows:
             print(f"--- {prompt}\n{completion.text}")
     total = sum(len(completion.token_ids) for completion in completions)
-    print(
+    say(
         f"[{total} tokens, {total / seconds:,.0f} tokens/s, KV cache {llm.engine.most_cache_bytes_used:,} bytes in "
-        f"{len(model.config.plan.key_owners)} of {model.config.num_hidden_layers} layers]",
-        file=sys.stderr,
+        f"{len(model.config.plan.key_owners)} of {model.config.num_hidden_layers} layers]"
     )
 
 
 def _read_prompts(file: Path) -> list[str]:
     try:
         # Not splitlines, which also splits at characters that JSON may have inside a string.
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"--prompts {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -86,7 +86,7 @@ def split_documents(config: DataConfig) -> Iterator[tuple[Split, Document]]:
     """All documents of a source, each with the split it belongs to; the same ones in the same order every time.
 
     Without separate validation paths a document is held out by its hash, so identical documents stay on one side, and
-    the split does not move when other documents come or go. At least one of two or more documents is held out.
+    the split does not move when other documents come or go. At least one of two or more different ones is held out.
 
     Raises:
         UserError: a file, field or dataset that cannot be read, or a source with no text for one of the splits.
@@ -118,8 +118,9 @@ def _split_by_paths(config: DataConfig) -> Iterator[tuple[Split, Document]]:
 def _split_by_hash(config: DataConfig) -> Iterator[tuple[Split, Document]]:
     lone_file = config.source == "text" and len(expand_paths(config.paths, "text")) == 1
     longest = LONE_TEXT_DOCUMENT if lone_file else LONGEST_DOCUMENT
-    # The document with the lowest hash so far waits: were none below the threshold, it is the one to hold out.
-    waiting: tuple[float, Document] | None = None
+    # The document with the lowest hash so far waits, with its copies: were none below the threshold, they are held out.
+    waiting: list[Document] = []
+    lowest = 1.0
     held_out = others = 0
     for document in read_documents(config, config.paths, longest):
         digest = hashlib.blake2b(document.key.encode(), digest_size=8, person=b"held out").digest()
@@ -128,15 +129,17 @@ def _split_by_hash(config: DataConfig) -> Iterator[tuple[Split, Document]]:
             held_out += 1
             yield "valid", document
             continue
-        others += 1
-        if waiting is None or value < waiting[0]:
-            if waiting:
-                yield "train", waiting[1]
-            waiting = value, document
-        else:
+        if value > lowest:
+            others += 1
             yield "train", document
-    if waiting:
-        yield "valid" if others > 1 and not held_out else "train", waiting[1]
+            continue
+        if value < lowest:
+            others += len(waiting)
+            yield from (("train", each) for each in waiting)
+            waiting, lowest = [], value
+        waiting.append(document)
+    split: Split = "valid" if others and not held_out else "train"
+    yield from ((split, document) for document in waiting)
 
 
 def read_documents(config: DataConfig, paths: Sequence[str], longest: int = LONGEST_DOCUMENT) -> Iterator[Document]:

@@ -1,4 +1,4 @@
-"""From a DataConfig to token streams: prepared once, kept under a fingerprint, re-used while nothing has changed."""
+"""From a DataConfig to token streams: prepared once, kept under a key, re-used while nothing has changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,20 +19,23 @@ from crosslayer.data.corpus import DataConfig, source_state, split_documents
 from crosslayer.data.shards import SHARD_TOKENS, Shard, ShardWriter, TokenStream, record_dtype
 from crosslayer.data.tokenizer import Tokenizer
 from crosslayer.errors import UserError
+from crosslayer.files import say
 
 Progress = Callable[[str], None]
 
 # Raise it when the same config would be prepared differently than before.
-_FORMAT = 1
+_FORMAT = 2
 # A tokenizer is trained on at most this many bytes of training text, the first ones.
 TOKENIZER_BYTES = 64_000_000
+# What an index says about the content of a folder: the fingerprint is a hash of it.
+_CONTENT = ("tokenizer_crc32", "train", "valid")
 _SECONDS_BETWEEN_REPORTS = 5.0
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """A tokenizer and the token streams of the training and the validation split. `valid` is measured: it knows how
-    many bytes of text each token stands for. `fingerprint` names exactly this data."""
+    many bytes of text each token stands for. `fingerprint` names exactly this content, wherever it came from."""
 
     tokenizer: Tokenizer
     train: TokenStream
@@ -58,24 +60,19 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crosslayer"
 
 
-def report_on_stderr(line: str) -> None:
-    """A progress line for people who wait."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def prepare(config: DataConfig, cache_dir: Path | None = None, progress: Progress = report_on_stderr) -> PreparedData:
+def prepare(config: DataConfig, cache_dir: Path | None = None, progress: Progress = say) -> PreparedData:
     """The tokenizer and token streams of `config`, from the cache where they are there and whole, else made now.
 
-    They are kept in `cache_dir` / data / FINGERPRINT; the fingerprint covers the config, the state of the source's
-    files and the tokenizer, so any change makes a new folder. A damaged folder is reported and made again. Processes
-    that prepare the same data at once do not disturb each other.
+    They are kept in `cache_dir` / data / KEY; the key covers the config, the state of the source's files and the
+    tokenizer, so any change makes a new folder. A damaged folder is reported and made again. Processes that prepare the
+    same data at once do not disturb each other.
 
     Raises:
         UserError: a source or tokenizer that cannot be read, or a cache folder that cannot be written.
     """
     tokenizer = Tokenizer.load(config.tokenizer, config.eos_token) if config.tokenizer else None
-    fingerprint = _fingerprint(config, tokenizer)
-    folder = (cache_dir or default_cache_dir()) / "data" / fingerprint
+    key = _key(config, tokenizer)
+    folder = (cache_dir or default_cache_dir()) / "data" / key
     if folder.exists():
         try:
             return open_prepared(folder)
@@ -84,12 +81,12 @@ def prepare(config: DataConfig, cache_dir: Path | None = None, progress: Progres
     beside = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(mkdtemp(prefix=f".{fingerprint}-", dir=folder.parent))
-        _build(config, tokenizer, fingerprint, beside, progress)
+        beside = Path(mkdtemp(prefix=f".{key}-", dir=folder.parent))
+        _build(config, tokenizer, beside, progress)
         _publish(beside, folder)
     except OSError as error:
         raise UserError(
-            f"cache folder {folder.parent} cannot be written ({error.strerror}); set CROSSLAYER_CACHE"
+            f"cache folder {folder.parent} cannot be written ({error.strerror or error}); set CROSSLAYER_CACHE"
         ) from error
     finally:
         if beside is not None:
@@ -107,11 +104,13 @@ def open_prepared(folder: Path) -> PreparedData:
     """
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        tokenizer_crc32, fingerprint = index["tokenizer_crc32"], index["fingerprint"]
+        fingerprint, content = index["fingerprint"], {name: index[name] for name in _CONTENT}
         shards = {split: [Shard(**shard) for shard in index[split]] for split in ("train", "valid")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"prepared data {folder} is damaged: no usable index.json ({error})") from error
-    if _tokenizer_crc32(folder) != tokenizer_crc32:
+    if _hash(content) != fingerprint:
+        raise UserError(f"prepared data {folder} is damaged: its index.json is altered")
+    if _tokenizer_crc32(folder) != content["tokenizer_crc32"]:
         raise UserError(f"prepared data {folder} is damaged: its tokenizer is missing or altered")
     tokenizer = Tokenizer.load(folder)
     train = TokenStream.open(folder, record_dtype(tokenizer.vocab_size, measured=False), shards["train"])
@@ -119,18 +118,21 @@ def open_prepared(folder: Path) -> PreparedData:
     return PreparedData(tokenizer, train, valid, fingerprint, folder)
 
 
-def _fingerprint(config: DataConfig, tokenizer: Tokenizer | None) -> str:
+def _key(config: DataConfig, tokenizer: Tokenizer | None) -> str:
     """The state of the source stands for its paths, and the tokenizer's content for its path."""
     settings = asdict(config)
     for name in ("paths", "valid_paths", "tokenizer", "eos_token"):
         del settings[name]
     if tokenizer is not None:
         settings["vocab_size"] = tokenizer.files()
-    content = json.dumps([_FORMAT, TOKENIZER_BYTES, settings, source_state(config)], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=10).hexdigest()
+    return _hash([_FORMAT, TOKENIZER_BYTES, settings, source_state(config)])
 
 
-def _build(config: DataConfig, tokenizer: Tokenizer | None, fingerprint: str, folder: Path, progress: Progress) -> None:
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def _build(config: DataConfig, tokenizer: Tokenizer | None, folder: Path, progress: Progress) -> None:
     """Fills `folder`, the index last."""
     if tokenizer is None:
         progress(f"training a tokenizer with {config.vocab_size:,} tokens")
@@ -149,10 +151,9 @@ def _build(config: DataConfig, tokenizer: Tokenizer | None, fingerprint: str, fo
         if now - reported > _SECONDS_BETWEEN_REPORTS:
             reported = now
             progress(_progress_line(num_bytes, document.done, now - started))
-    index: dict[str, Any] = {"fingerprint": fingerprint, "config": asdict(config)}
-    for name, writer in writers.items():
-        index[name] = [asdict(shard) for shard in writer.close()]
-    index["tokenizer_crc32"] = _tokenizer_crc32(folder)
+    content: dict[str, Any] = {name: [asdict(shard) for shard in writer.close()] for name, writer in writers.items()}
+    content["tokenizer_crc32"] = _tokenizer_crc32(folder)
+    index = {"fingerprint": _hash(content), "config": asdict(config), **content}
     (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

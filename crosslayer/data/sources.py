@@ -17,6 +17,7 @@ import platform
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -47,6 +48,8 @@ def _read_stdlib(paths: Sequence[str], field: str) -> Iterator[Raw]:
             yield name, path.read_bytes().decode().replace("\r\n", "\n"), 0.0
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
@@ -119,13 +122,21 @@ def _read_huggingface(paths: Sequence[str], field: str) -> Iterator[Raw]:
             raise UserError(f"dataset {name!r} is not NAME[@REVISION][:SUBSET[:SPLIT]]")
         repository, _, revision = repository.partition("@")
         try:
-            rows = datasets.load_dataset(
-                repository, subset or None, split=split or "train", revision=revision or None, streaming=True
+            rows = iter(
+                datasets.load_dataset(
+                    repository, subset or None, split=split or "train", revision=revision or None, streaming=True
+                )
             )
         except Exception as error:  # a missing name, split, file or network each has a class of its own
             raise UserError(f"dataset {name!r} cannot be opened: {_first_line(error)}") from error
-        for number, row in enumerate(rows):
+        for number in count():
             where = f"dataset {name}, row {number}"
+            try:
+                row = next(rows, None)
+            except Exception as error:  # of pyarrow, a decompressor, the network, ...
+                raise UserError(f"{where}: cannot be read: {_first_line(error)}") from error
+            if row is None:
+                break
             yield where, _field(row, field, where), 0.0
 
 
@@ -165,9 +176,10 @@ def _blocks(paths: Sequence[str], source: str) -> Iterator[tuple[Path, int, int,
     """Lines of each file in turn, decompressed, some TEXT_DOCUMENT bytes at a time: the path, how many bytes and lines
     of the file came before, the lines, and the share of all files' bytes that has been read."""
     files = expand_paths(paths, source)
-    total = sum(file.stat().st_size for file in files) or 1
+    sizes = [file.stat().st_size for file in files]
+    total = sum(sizes) or 1
     before = 0
-    for path in files:
+    for path, size in zip(files, sizes, strict=True):
         num_bytes = num_lines = 0
         try:
             with path.open("rb") as raw, _decompressed(path, raw) as stream:
@@ -177,7 +189,7 @@ def _blocks(paths: Sequence[str], source: str) -> Iterator[tuple[Path, int, int,
                     num_lines += len(lines)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-        before += path.stat().st_size
+        before += size
 
 
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:

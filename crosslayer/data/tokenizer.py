@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from crosslayer.errors import UserError
-from crosslayer.files import write_whole
+from crosslayer.files import read_json, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 # What existing tokenizers call the token that ends a document, the most telling first.
@@ -74,10 +74,7 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception for what it cannot parse
             raise UserError(f"{file} is not a tokenizer.json: {error}") from error
         config_file = file.with_name("tokenizer_config.json")
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        except ValueError as error:
-            raise UserError(f"{config_file} is not JSON: {error}") from error
+        config = read_json(config_file) if config_file.is_file() else {}
         named = eos_token or config.get("eos_token")
         if isinstance(named, dict):  # older configs spell an added token out
             named = named.get("content")
@@ -85,6 +82,8 @@ class Tokenizer:
             named = next((name for name in _END_OF_TEXT_NAMES if backend.token_to_id(name) is not None), None)
         if named is None:
             raise UserError(f"{file} has no end-of-text token that is known by name; name it with eos_token")
+        if not isinstance(named, str):
+            raise UserError(f"{config_file}: eos_token must be text, got {named!r}")
         return cls(backend, named, config)
 
     def files(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 from crosslayer.errors import UserError
 from crosslayer.files import read_json
 from crosslayer.plan.sharing import SharingPlan
+from crosslayer.settings import from_mapping
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "crosslayer")
 ROPE_TYPES = ("linear", "llama3", "yarn")
@@ -249,7 +250,7 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name not in values:
                 raise UserError(f"config.json: {name} is missing")
-        values |= _rope(data, int(values.get("max_position_embeddings", 2048)))
+        values |= _rope(data, values.get("max_position_embeddings", 2048))
         if model_type == "llama" and values.get("attention_bias"):
             values["attention_output_bias"] = True
         elif model_type == "qwen2":
@@ -292,17 +293,24 @@ def _positive_int(name: str, value: object) -> int:
 
 def _rope(data: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
     """rope_theta and rope_scaling from either spelling (`rope_parameters` since transformers 5)."""
-    parameters = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
+    parameters: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        found = data.get(name) or {}
+        if not isinstance(found, Mapping):
+            raise UserError(f"{name} must be an object such as {{'rope_type': 'linear', 'factor': 2.0}}, got {found!r}")
+        parameters |= found
     theta = parameters.pop("rope_theta", None) or data.get("rope_theta") or 10000.0
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
+    theta = float(theta) if isinstance(theta, int) else theta
     if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": None}
+        return {"rope_theta": theta, "rope_scaling": None}
     if unknown := set(parameters) - {f.name for f in fields(RopeScaling)}:
         raise UserError(f"rope scaling {kind!r}: {sorted(unknown)[0]!r} is not supported")
     if kind == "yarn":
         parameters.setdefault("original_max_position_embeddings", max_position_embeddings)
-    return {"rope_theta": float(theta), "rope_scaling": RopeScaling(rope_type=kind, **parameters)}
+    scaling = from_mapping(RopeScaling, {"rope_type": kind, **parameters}, "rope_scaling.")
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _windows(data: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
@@ -315,8 +323,12 @@ def _windows(data: Mapping[str, Any], model_type: str, layers: int) -> tuple[int
     if not data.get("use_sliding_window"):
         return (None,) * layers
     full, sliding = "full_attention", "sliding_attention"
-    first = data["max_window_layers"]
-    kinds = data.get("layer_types") or [sliding if layer >= first else full for layer in range(layers)]
+    first, kinds = data["max_window_layers"], data.get("layer_types")
+    if not isinstance(first, int) or not isinstance(kinds, list | None):
+        raise UserError(
+            f"max_window_layers and layer_types must be a whole number and a list, got {first!r} and {kinds!r}"
+        )
+    kinds = kinds or [sliding if layer >= first else full for layer in range(layers)]
     for layer, kind in enumerate(kinds):
         if kind not in (full, sliding):
             raise UserError(f"layer {layer}: layer_types {kind!r} is not supported; known: {full}, {sliding}")

@@ -108,6 +108,10 @@ def _plan(text: str, num_layers: int) -> SharingPlan:
         return parse_plan(text, num_layers)
     except UserError:
         first = text.partition("-")[0]
+        if re.fullmatch(r"mha|mqa|gqa\d+", first, re.IGNORECASE):  # left over where one was read, or by a last dash
+            if text == f"{first}-":
+                raise UserError(f"nothing follows {text!r}; want a plan there, or no dash") from None
+            raise UserError(f"{first!r} gives the KV heads a second time; want one of MHA, MQA and GQA<n>") from None
         spelt = {"mha": "MHA", "mqa": "MQA", "gqa": "GQA with a number of KV heads, as in GQA4"}
         near = get_close_matches(re.sub(r"\d+", "", first.lower()), spelt, n=1, cutoff=0.6)
         if near:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from crosslayer.errors import UserError
@@ -14,14 +15,17 @@ def parse_bytes(text: str) -> int:
     """The number of bytes in a text such as `80GiB` (1024s), `80 GB` (1000s) or `4096`.
 
     Raises:
-        UserError: no number, or a unit that is neither.
+        UserError: no number or one beyond any memory, or a unit that is neither.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     sizes: dict[str, int] = {unit.lower(): 1024**power for power, unit in enumerate(_BINARY)}
     sizes |= {unit.lower(): 1000**power for power, unit in enumerate(_DECIMAL)}
     if match is None or (match[2] or "b") not in sizes:
         raise UserError(f"memory {text!r}: want a number and a unit, such as 80GiB or 80GB")
-    return round(float(match[1]) * sizes[match[2] or "b"])
+    size = float(match[1]) * sizes[match[2] or "b"]
+    if math.isinf(size):
+        raise UserError(f"memory {text!r}: more bytes than can be counted with")
+    return round(size)
 
 
 def format_bytes(count: int) -> str:

@@ -26,6 +26,10 @@ MAY_CHANGE = frozenset(
         "train.log_every",
         "train.tensorboard",
         "train.wandb",
+        # The text and the tokenizer may move; `data_fingerprint` says what is in them.
+        "data.paths",
+        "data.valid_paths",
+        "data.tokenizer",
     }
 )
 

@@ -23,11 +23,14 @@ def export(run: Path, out: Path, step: int | None = None) -> int:
     and keeps its tokenizer. Returns the step.
 
     Raises:
-        UserError: `run` is not the folder of a run, has no whole checkpoint (of `step`), or `out` is something else
-            than a model folder.
+        UserError: `run` is not the folder of a run, or has no whole checkpoint (of `step`); or `out` is something else
+            than a model folder, or not apart from `run`.
     """
     if not (run / CHECKPOINTS).is_dir():
         raise UserError(f"{run}: not the folder of a training run with checkpoints (it has no {CHECKPOINTS}/)")
+    source, target = run.resolve(), out.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise UserError(f"{out}: not apart from the run {run}, which is left as it is; choose another place")
     settings = read_json(run / CONFIG)
     settings.pop("data_fingerprint", None)
     try:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from crosslayer import checkpoint
+from crosslayer.checkpoint.folder import check_place
 from crosslayer.checkpoint.state import Checkpoints
 from crosslayer.data import PreparedData, TrainBatches
 from crosslayer.environment import describe_environment
@@ -32,6 +35,8 @@ CONFIG = "config.json"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
+MODEL = "model"
+LOCK = ".lock"
 
 
 def train(
@@ -46,17 +51,45 @@ def train(
     run that has finished is not repeated.
 
     Raises:
-        UserError: `out` belongs to a run with another config or other data, the model or the data cannot be trained
-            with as the config says, or the loss is no longer a number.
+        UserError: `out` belongs to a run with another config or other data, or another process is training in it; the
+            model or the data cannot be trained with as the config says; or the loss is no longer a number.
         Stopped: SIGTERM has come while training; there is a checkpoint of the step that it stopped at.
     """
     processes = processes or single_process(config.train)
     result = out / RESULT
     # What cannot be built is refused before the folder is claimed for it.
-    run = None if processes.on_first(result.exists) else _Run(config, data, out, label, processes)
     settings = {**to_mapping(config), "data_fingerprint": data.fingerprint}
-    processes.on_first(lambda: claim_folder(out, settings))
-    return processes.on_first(lambda: read_json(result)) if run is None else run.finish()
+    run = None if processes.on_first(result.exists) else _Run(config, data, out, label, processes, _identity(settings))
+    with ExitStack() as held:
+
+        def claim() -> None:
+            if run is not None:
+                check_place(out / MODEL)  # before the work that would be for nothing
+                held.enter_context(_alone_in(out))
+            claim_folder(out, settings)
+
+        processes.on_first(claim)
+        return processes.on_first(lambda: read_json(result)) if run is None else run.finish()
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Until the end of the block, or of the process, no other process trains in this folder.
+
+    Raises:
+        UserError: another one does, or the folder cannot be written.
+    """
+    with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {out}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def claim_folder(out: Path, settings: dict[str, Any]) -> None:
@@ -71,13 +104,24 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not record.exists():
             write_json(record, settings)
-    now, before = _flat(json.loads(json.dumps(settings))), _flat(read_json(record))
-    for key in sorted((now.keys() | before.keys()) - MAY_CHANGE):
+    now, before = _lasting(settings), _lasting(read_json(record))
+    for key in sorted(now.keys() | before.keys()):
         if now.get(key) != before.get(key):
-            raise UserError(
-                f"{out} was started with {key} = {before.get(key)}, now it is {now.get(key)}; "
-                "restore it to go on, or choose another output folder"
-            )
+            what = f"{key} = {before.get(key)}, now it is {now.get(key)}"
+            if key == "data_fingerprint":  # all settings of the data are the same
+                what = "other data: the text, or the tokenizer, is not what it was"
+            raise UserError(f"{out} was started with {what}; restore it to go on, or choose another output folder")
+
+
+def _identity(settings: dict[str, Any]) -> str:
+    """Tells the checkpoints of a run from those of others."""
+    return hashlib.blake2b(json.dumps(_lasting(settings), sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run that run, as JSON has it: all settings but those that MAY_CHANGE."""
+    flat = _flat(json.loads(json.dumps(settings)))
+    return {key: value for key, value in flat.items() if key not in MAY_CHANGE}
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,9 +132,11 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, data: PreparedData, out: Path, label: str, processes: Processes) -> None:
+    def __init__(
+        self, config: TrainConfig, data: PreparedData, out: Path, label: str, processes: Processes, identity: str
+    ) -> None:
         self.config, self.recipe, self.data, self.out, self.label = config, config.train, data, out, label
-        self.processes = processes
+        self.processes, self.identity = processes, identity
         recipe, tokenizer = self.recipe, data.tokenizer
         # Compiled blocks of earlier runs count towards PyTorch's limit, beyond which blocks silently run uncompiled.
         torch.compiler.reset()
@@ -117,6 +163,8 @@ class _Run:
         self.processes.on_first(self._keep_tokenizer)
         with closing(Checkpoints(self.out / CHECKPOINTS)) as checkpoints:
             state = checkpoints.load(self.model, self.step.optimizer)
+            if state and state.get("run") != self.identity:
+                raise UserError(f"{checkpoints.folder}: the checkpoint of step {state['step']} is that of another run")
             with closing(Journal(self.out, self.config, self.label, state)) as journal:
                 self._train(state["step"] if state else 0, checkpoints, journal)
                 seconds = journal.seconds
@@ -139,8 +187,8 @@ class _Run:
         save_every = recipe.checkpoint_every or steps + 1
         with StopSignal() as stop:
             for step in range(first, steps):
-                journal.add(self.step(step, self.batches[step]))
                 done = step + 1
+                journal.add(done, self.step(step, self.batches[step]))
                 stopping = stop.requested()
                 if done % recipe.log_every == 0 or done == steps:
                     journal.report(done, failed_checkpoints=checkpoints.failed)
@@ -148,7 +196,9 @@ class _Run:
                     if recipe.eval_every and done % recipe.eval_every == 0 and done < steps:
                         journal.validate(done, self._score(recipe.eval_tokens))
                     if stopping or done % save_every == 0 or (done == steps and recipe.checkpoint_every):
-                        checkpoints.save(done, self.model, self.step.optimizer, journal.to_dict())
+                        journal.check(done)  # or good checkpoints would give way to dead weights
+                        progress = {"run": self.identity, **journal.to_dict()}
+                        checkpoints.save(done, self.model, self.step.optimizer, progress)
                 if stopping:
                     checkpoints.wait()
                     newest = max(checkpoints.steps(), default=0)
@@ -174,7 +224,7 @@ class _Run:
 
         def write() -> dict[str, Any]:
             assert model is not None
-            checkpoint.save(model, self.out / "model", tokenizer=self.data.tokenizer)
+            checkpoint.save(model, self.out / MODEL, tokenizer=self.data.tokenizer)
             result = {
                 "validation": held_out.to_dict(),
                 "parameters": sum(p.numel() for p in model.parameters()),

@@ -10,13 +10,13 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from crosslayer.checkpoint.files import flush
 from crosslayer.errors import UserError
-from crosslayer.files import read_json, write_json, write_whole, writing_into
+from crosslayer.files import flush, read_json, say, write_json, write_whole, writing_into
 from crosslayer.ranks import rank
 
 METRICS = "metrics.jsonl"
@@ -33,8 +33,8 @@ class Destination(Protocol):
 class MetricsFile:
     """Appends one JSON object a line to `folder/metrics.jsonl`, after the first `num_lines`.
 
-    Lines beyond those, left by a run that was cut off after its last checkpoint, are dropped. While the disk is full
-    lines wait in memory, so that a run is not lost for want of a few bytes.
+    Lines beyond those, left by a run that was cut off after its last checkpoint, are dropped. While they
+    cannot be written, as the disk is full for instance, lines wait in memory: no run ends for want of a few bytes.
     """
 
     def __init__(self, folder: Path, num_lines: int) -> None:
@@ -46,14 +46,14 @@ class MetricsFile:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._waiting += json.dumps({"step": step, **values}) + "\n"
-        whole = self._file.stat().st_size
-        try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(self._waiting)
-        except OSError as error:
-            os.truncate(self._file, whole)
-            warnings.warn(f"{self._file} cannot be written: {error.strerror}; its lines wait in memory", stacklevel=2)
-        else:
+        with _failure_reported(self._file):
+            whole = self._file.stat().st_size
+            try:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(self._waiting)
+            except OSError:
+                os.truncate(self._file, whole)
+                raise
             self._waiting = ""
 
     def close(self) -> None:
@@ -126,11 +126,20 @@ class MetricsWriter:
     def flush(self) -> None:
         """Make sure that the lines so far are on the disk, before a checkpoint counts on them."""
         if self._destinations:
-            flush(self._folder / METRICS)
+            with _failure_reported(self._folder / METRICS):
+                flush(self._folder / METRICS)
 
     def close(self) -> None:
         for destination in self._destinations:
             destination.close()
+
+
+@contextmanager
+def _failure_reported(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{file} cannot be written: {error.strerror}; its lines wait in memory", stacklevel=4)
 
 
 def require_installed(*, tensorboard: bool, wandb: str | None) -> None:
@@ -160,10 +169,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().splitlines():
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line of a process that was killed while writing it
+        except ValueError:  # the last line of a process, or a machine, that went down while writing it
             break
     return lines
 
@@ -188,15 +197,15 @@ class ProgressLine:
         self._printed_at = now
         text = f"{self._label}  {text}"
         if self._live:
-            print(f"\r{text.ljust(self._width)}", end="", file=self._stream, flush=True)
+            say(f"\r{text.ljust(self._width)}", end="", stream=self._stream)
         else:
-            print(text, file=self._stream, flush=True)
+            say(text, stream=self._stream)
         self._width = len(text)
 
     def close(self) -> None:
         """Leave the line on a terminal as it is and go on below it."""
         if self._live and self._width:
-            print(file=self._stream, flush=True)
+            say("", stream=self._stream)
 
 
 def clock(seconds: float) -> str:

@@ -44,6 +44,11 @@ class Monitor:
         """Take note of a step, without waiting for it."""
         self._unsettled.append(output)
 
+    @property
+    def unsettled(self) -> int:
+        """How many steps have been added since the last `settle`."""
+        return len(self._unsettled)
+
     def settle(self) -> None:
         """Wait for the steps added so far and take their figures in."""
         if not self._unsettled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -184,7 +185,7 @@ CRASHES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "in the weights": lambda m: m.setattr(folder, "save_file", half_a_file),
     "in the tokenizer": lambda m: m.setattr(Words, "save", crash),
     "in the checksums": lambda m: m.setattr(files, "sha256", crash),
-    "in flushing": lambda m: m.setattr(files.os, "fsync", crash),
+    "in flushing": lambda m: m.setattr(os, "fsync", crash),
     "in renaming the old": lambda m: m.setattr(Path, "rename", crash),
     "in renaming the new": crash_at_second_rename,
 }
@@ -236,6 +237,37 @@ def test_folder_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
     assert same_weights(crosslayer.load(str(tmp_path / "in" / "a" / "new" / "place")), model)
 
 
+@pytest.mark.parametrize("beside", ["chapter1.tex", "checkpoints", ".git"])
+def test_a_folder_in_which_more_than_a_model_stands_is_not_replaced(beside: str, saved: Path) -> None:
+    """The folder of a training run, or a project of somebody else's, has a config.json too."""
+    (saved / beside).mkdir()
+    (saved / beside / "precious").write_text("...")
+    before = sorted(path.name for path in saved.iterdir())
+    model = random_model(tiny_config("cla3"))
+    with pytest.raises(UserError, match=rf"{saved}: exists, and {beside} in it was not saved with a model"):
+        crosslayer.save(model, saved)
+    assert sorted(path.name for path in saved.iterdir()) == before
+    shutil.rmtree(saved / beside)
+    crosslayer.save(model, saved)
+    assert same_weights(crosslayer.load(saved), model)
+
+
+def test_a_model_of_somebody_else_is_not_replaced(saved: Path) -> None:
+    drop_checksums(saved)
+    with pytest.raises(UserError, match=rf"{saved}: exists, and {WEIGHTS} in it was not saved with a model"):
+        crosslayer.save(random_model(tiny_config()), saved)
+    crosslayer.load(saved)
+
+
+def test_a_link_goes_on_to_show_where_it_did(saved: Path) -> None:
+    link = saved.with_name("link")
+    link.symlink_to(saved)
+    model = random_model(tiny_config("cla3"))
+    crosslayer.save(model, link)
+    assert link.is_symlink()
+    assert same_weights(crosslayer.load(saved), model)
+
+
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +295,14 @@ def test_flipped_bit(saved: Path, name: str) -> None:
     content[place] ^= 1  # 61 becomes 71: still JSON
     (saved / name).write_bytes(content)
     refused(saved, f"{saved / name}: damaged or changed since it was saved")
+
+
+def test_a_change_of_the_users_own_is_accepted_without_checksums(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 77}))
+    refused(saved, "to keep a change of your own, remove checksums.json")
+    drop_checksums(saved)
+    assert crosslayer.load(saved).config.max_position_embeddings == 77
 
 
 def test_wrong_shape(saved: Path) -> None:

@@ -135,6 +135,41 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, expected)
 
 
+def test_a_renamed_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    model, optimizer = start()
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer)
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000009")
+    with pytest.warns(UserWarning, match=r"skipping a damaged checkpoint: .*step-00000009: is that of step 2, renamed"):
+        assert load(tmp_path, model, optimizer) == {"step": 1}
+
+
+def test_none_that_is_whole(tmp_path: Path) -> None:
+    model, optimizer = start()
+    save(tmp_path, 1, model, optimizer)
+    (tmp_path / "step-00000001" / "checksums.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="skipping a damaged checkpoint"),
+        pytest.raises(UserError, match=rf"{tmp_path}: no whole checkpoint in it; remove it to start from the beginn"),
+    ):
+        load(tmp_path, model, optimizer)
+
+
+@pytest.mark.parametrize("other", [{"intermediate_size": 24}, {"plan": "identity"}, {"plan": "cla3"}])
+def test_a_checkpoint_of_another_model(other: dict[str, Any], tmp_path: Path) -> None:
+    model = random_model(tiny_config(**other))
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    save(tmp_path, 1, model, optimizer)
+    for mine in (start(), start()[:1]):  # to go on, and to export
+        with (
+            closing(Checkpoints(tmp_path)) as checkpoints,
+            pytest.raises(UserError, match=rf"{tmp_path}/step-00000001: not a checkpoint of this model: ") as refused,
+        ):
+            checkpoints.load(*mine)
+        assert "\n" not in str(refused.value)
+
+
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     model, optimizer = start()
     with closing(Checkpoints(tmp_path)) as checkpoints:

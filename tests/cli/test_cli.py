@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from crosslayer import checkpoint
 from crosslayer.cli import COMMANDS, main
 from crosslayer.compare import CompareConfig
 from crosslayer.compare.config import DEFAULT
+from crosslayer.data import Tokenizer
 from crosslayer.errors import Stopped
 from crosslayer.settings import load_settings
 from crosslayer.train import TrainConfig
@@ -84,11 +89,27 @@ def test_evaluate_scores_task_sets(trained: Path, capsys: pytest.CaptureFixture[
         ("--tasks", "blimp"): "--task-data DIR go together",
         ("--task-data", str(tasks)): "--task-data DIR go together",
         ("--tasks", "blimpp", "--task-data", str(tasks)): "unknown task 'blimpp'",
+        ("--tasks", "", "--task-data", str(tasks)): "unknown task ''",
+        ("--held-out", ""): "cannot be read",
         ("--tasks", "blimp", "--task-data", str(tasks), "--task-items", "0"): "--task-items must be positive, got 0",
         ("--recall",): "recall needs rows of at least 64",  # the model's context is 16
     }.items():
         assert main(["evaluate", model, *arguments]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_no_number_is_null_in_json(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    model = checkpoint.load(trained / "run" / "model")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    checkpoint.save(model, tmp_path / "model", tokenizer=Tokenizer.load(trained / "run" / "model"))
+    assert main(["evaluate", str(tmp_path / "model"), "--text", str(trained / "text" / "1.txt"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out, parse_constant=no_constant)
+    assert record["loss"] is record["perplexity"] is None
+    assert record["tokens"] > 0
 
 
 def test_a_batch_of_prompts_equals_each_alone(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +136,13 @@ def test_a_line_of_prompts_ends_at_the_end_of_the_line(trained: Path, capsys: py
         options = ["--prompts", str(trained / name), "--max-new-tokens", "1", "--json"]
         assert main(["generate", str(trained / "run" / "model"), *options]) == 0
         assert [record["prompt"] for record in json.loads(capsys.readouterr().out)] == [prompt]
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (trained / "marked.txt").write_text("3 cats\n", encoding="utf-8-sig")
+    options = ["--prompts", str(trained / "marked.txt"), "--max-new-tokens", "1", "--json"]
+    assert main(["generate", str(trained / "run" / "model"), *options]) == 0
+    assert [record["prompt"] for record in json.loads(capsys.readouterr().out)] == ["3 cats"]
 
 
 def test_json_goes_to_a_file_beside_the_table(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,6 +296,13 @@ def test_a_tokenizer_that_does_not_fit_or_is_not_there(trained: Path, capsys: py
         ("export {model} --out {out}", "not the folder of a training run with checkpoints"),
         ("export {run} --out {out} --step 3", "no whole checkpoint of step 3; there are those of [10]"),
         ("export {run} --out {bad}", "exists and is not a folder with a config.json"),
+        ("export {run} --out {run}", "not apart from the run"),
+        ("export {run} --out {run}/model", "not apart from the run"),
+        ("export {run} --out {run}/..", "not apart from the run"),
+        ("export {long} --out {out}", "File name too long"),
+        ("train {config} --out {long}", "File name too long"),
+        ("train {config} data.paths={long} --out {out}", "File name too long"),
+        ("train {config} data.tokenizer={long} --out {out}", "File name too long"),
         ("export {run}", "required: --out"),
         ("plan --preset paper-9b", "paper-9b"),
         ("nonsense", "nonsense"),
@@ -285,6 +320,7 @@ def test_a_mistake_gets_one_line_and_status_2(
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     places = {
         "none": tmp_path / "none",
+        "long": tmp_path / ("long" * 64),
         "bad": tmp_path / "bad.jsonl",
         "number": tmp_path / "number.jsonl",
         "empty": tmp_path / "empty.txt",
@@ -343,6 +379,42 @@ finally:
     assert "crosslayer" in done.stdout
     if option == "--help":
         assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_what_is_only_said_may_go_unheard() -> None:
+    """With stderr on a full disk the status is that of the command: a mistake's here, that of a warning below."""
+    for arguments, status in (("nonsense --preset paper-1b", 2), ("--preset paper-1b", 0)):
+        command = f"{sys.executable} -m crosslayer plan {arguments} > /dev/null 2> /dev/full"
+        assert subprocess.run(command, shell=True, cwd=ROOT).returncode == status
+
+
+def test_a_warning_that_cannot_be_written_ends_nothing(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as log:  # noqa: PTH123 (line by line, as stderr is)
+        monkeypatch.setattr(sys, "stderr", log)
+        assert main(["generate", str(trained / "run" / "model"), "3 cats", "--max-new-tokens", "50"]) == 0
+
+
+def test_a_reader_that_leaves_in_the_middle(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The status is the one that head leaves with other programs, unless the work was done by then."""
+    for text, status in (("much text " * 10_000, 141), ("a line", 0)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with monkeypatch.context() as patch, open(writer, "w") as output:  # noqa: PTH123 (a descriptor)
+            patch.setattr(sys, "stdout", output)
+            patch.setattr(COMMANDS["plan"], "run", lambda _, text=text: print(text))
+            assert main(["plan", "--preset", "paper-1b"]) == status
+        assert capsys.readouterr().err == ""
+
+
+def test_output_that_cannot_be_written_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as output:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["plan", "--preset", "paper-1b"]) == 2
+    assert capsys.readouterr().err == "crosslayer plan: [Errno 28] No space left on device\n"
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

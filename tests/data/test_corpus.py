@@ -127,6 +127,16 @@ def test_what_a_dataset_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
         texts_of(DataConfig("huggingface", "org/a"))
 
 
+def test_a_dataset_that_breaks_off_is_named_with_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Any:
+        yield from ({"text": text} for text in TEXTS[:3])
+        raise RuntimeError("the connection broke\nat byte 17")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows()))
+    with pytest.raises(UserError, match=r"^dataset org/a, row 3: cannot be read: the connection broke$"):
+        texts_of(DataConfig("huggingface", "org/a"))
+
+
 # The standard library
 
 
@@ -206,6 +216,22 @@ def test_few_documents_still_give_a_validation_split(tmp_path: Path) -> None:
     assert [split for split, _ in documents].count("valid") == 1
     assert sum(document.num_bytes for _, document in documents) == lone.stat().st_size
     assert max(document.num_bytes for _, document in documents) <= corpus.LONE_TEXT_DOCUMENT
+
+
+def test_copies_are_on_one_side_when_one_document_is_to_be_held_out(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(5)]
+    for start in range(5):
+        path = tmp_path / f"{start}.jsonl"
+        path.write_bytes(jsonl([*texts[start:], *texts, *texts[:start], texts[start]]))
+        sides: dict[str, Counter[str]] = {"train": Counter(), "valid": Counter()}
+        for split, document in split_documents(DataConfig("jsonl", str(path), valid_fraction=1e-9)):
+            sides[split][document.text] += 1
+        assert sides["train"] + sides["valid"] == Counter([*texts, *texts, texts[start]])
+        assert len(sides["valid"]) == 1
+        assert not sides["train"].keys() & sides["valid"].keys()
+    (tmp_path / "copies.jsonl").write_bytes(jsonl(["the same"] * 3))
+    with pytest.raises(UserError, match="single document, so none can be held out"):
+        list(split_documents(DataConfig("jsonl", str(tmp_path / "copies.jsonl"))))
 
 
 def test_validation_paths_are_taken_whole(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,17 @@ def test_a_full_disk(config: DataConfig, tmp_path: Path) -> None:
     assert not list((tmp_path / "data").iterdir())
 
 
+def test_an_error_without_a_number_says_what_it_says(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr(ShardWriter, "add", broken)
+    with pytest.raises(UserError, match=r"cannot be written \(the disk is on fire\); set CROSSLAYER_CACHE"):
+        quietly(config, tmp_path)
+
+
 def test_reuse_and_redo(config: DataConfig, tmp_path: Path) -> None:
     lines: list[str] = []
     first = prepare(config, tmp_path, lines.append)
@@ -128,24 +141,47 @@ def test_reuse_and_redo(config: DataConfig, tmp_path: Path) -> None:
     assert lines[-1] == f"prepared {first.summary()}"
     lines.clear()
     files = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    assert prepare(config, tmp_path, lines.append).fingerprint == first.fingerprint
+    assert prepare(config, tmp_path, lines.append).folder == first.folder
     assert not lines
     assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == files
 
-    def changed(**changes: Any) -> str:
-        return quietly(DataConfig(**{**config.__dict__, **changes}), tmp_path).fingerprint
+    def changed(**changes: Any) -> Path:
+        return quietly(DataConfig(**{**config.__dict__, **changes}), tmp_path).folder
 
-    prints = {first.fingerprint, changed(valid_fraction=0.3), changed(vocab_size=290), changed(max_bytes=5000)}
+    folders = {first.folder, changed(valid_fraction=0.3), changed(vocab_size=290), changed(max_bytes=5000)}
     first.tokenizer.save(tmp_path)
-    prints.add(changed(tokenizer=str(tmp_path)))
+    folders.add(changed(tokenizer=str(tmp_path)))
     named = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"eos_token": "a"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    prints.add(changed(tokenizer=str(tmp_path)))
+    folders.add(changed(tokenizer=str(tmp_path)))
     path = Path(config.paths[0])
     path.write_text(path.read_text(encoding="utf-8").replace("more", "MORE"), encoding="utf-8")
-    prints.add(changed())
-    assert len(prints) == 7
+    folders.add(changed())
+    assert len(folders) == 7
     assert not list((tmp_path / "data").glob(".*"))
+
+
+def test_the_fingerprint_is_that_of_the_content(config: DataConfig, tmp_path: Path) -> None:
+    first = quietly(config, tmp_path)
+
+    def changed(**changes: Any) -> PreparedData:
+        return quietly(DataConfig(**{**config.__dict__, **changes}), tmp_path)
+
+    copy = tmp_path / "elsewhere" / "copy.jsonl"
+    copy.parent.mkdir()
+    shutil.copyfile(config.paths[0], copy)
+    os.utime(copy, ns=(0, 0))
+    again = changed(paths=str(copy))
+    assert again.folder != first.folder
+    assert again.fingerprint == first.fingerprint
+
+    first.tokenizer.save(tmp_path)
+    assert changed(tokenizer=str(tmp_path)).fingerprint == first.fingerprint
+    prints = {first.fingerprint, changed(valid_fraction=0.3).fingerprint, changed(vocab_size=290).fingerprint}
+    prints.add(changed(tokenizer=str(tmp_path), eos_token="a").fingerprint)
+    copy.write_text(copy.read_text(encoding="utf-8").replace("more", "MORE", 1), encoding="utf-8")
+    prints.add(changed(paths=str(copy)).fingerprint)
+    assert len(prints) == 5
 
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "valid-00000.bin", "tokenizer.json", "index.json"])
@@ -168,6 +204,15 @@ def test_damage_is_detected_and_prepared_again(config: DataConfig, tmp_path: Pat
     assert str(first.folder) in lines[0]
     assert (again.folder / name).read_bytes() == content
     assert not list((tmp_path / "data").glob(".*"))
+
+
+def test_an_index_with_other_figures_is_damaged(config: DataConfig, tmp_path: Path) -> None:
+    index = quietly(config, tmp_path).folder / "index.json"
+    content = json.loads(index.read_text())
+    content["valid"][0]["text_bytes"] += 1  # on which bits per byte depend
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"is damaged: its index\.json is altered"):
+        open_prepared(index.parent)
 
 
 def test_a_shard_with_bytes_of_another_is_refused(tmp_path: Path) -> None:

@@ -155,3 +155,12 @@ def test_unusable_tokenizers_are_refused(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="no end-of-text token that is known by name; name it with eos_token"):
         Tokenizer.load(tmp_path)
+    for config, message in {
+        "[]": "want a JSON object",
+        "{": "not JSON",
+        '{"eos_token": 3}': "eos_token must be text, got 3",
+        '{"eos_token": {"content": ["a"]}}': r"eos_token must be text, got \['a'\]",
+    }.items():
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(UserError, match=rf"tokenizer_config\.json: {message}"):
+            Tokenizer.load(tmp_path)

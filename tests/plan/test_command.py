@@ -171,3 +171,6 @@ def test_units() -> None:
     for text in ("", "GiB", "1.2.3GB", "-1GB", "80Gb/s"):
         with pytest.raises(UserError, match="want a number and a unit"):
             parse_bytes(text)
+    for text in ("9" * 400 + "GiB", "9" * 300 + "PiB"):
+        with pytest.raises(UserError, match="more bytes than can be counted with"):
+            parse_bytes(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,15 @@ def test_a_config_means_what_it_means_to_transformers(kind: str, extra: dict[str
         ({"num_key_value_heads": 5}, r"num_key_value_heads \(5\) must divide num_attention_heads \(32\)"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number, got 'small'"),
+        ({"max_position_embeddings": "abc"}, "max_position_embeddings must be a positive whole number, got 'abc'"),
         ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ({"rope_theta": "high"}, "rope_theta must be a positive number, got 'high'"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object such as .*, got 'linear'"),
+        ({"rope_parameters": ["linear"]}, "rope_parameters must be an object"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "big"}}, "rope_scaling.factor must be a number, got 'big'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, "factor must be positive"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "length": 3}}, "'length' is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs original_max_position_embeddings"),
         ({"model_type": "crosslayer"}, "needs a sharing_plan"),
@@ -108,6 +117,10 @@ def test_a_config_means_what_it_means_to_transformers(kind: str, extra: dict[str
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["linear_attention"] * 4},
             "layer 0: layer_types 'linear_attention' is not supported",
         ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "two"},
+            "max_window_layers and layer_types must be a whole number and a list, got 'two' and None",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -117,6 +130,30 @@ def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: st
         ModelConfig.from_json_file(tmp_path)
     assert str(error.value).startswith(str(file))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "crosslayer"])
+def test_a_wrong_type_anywhere_is_refused_in_a_line_or_means_nothing(kind: str) -> None:
+    """Every key, with everything that JSON may put there: never another exception."""
+    wrong = ["abc", [], ["a"], {}, {"a": 1}, -1, 0, 1.5, True, None, [[1]], math.nan]
+    scaling = {"factor": 2.0, "original_max_position_embeddings": 32, "attention_factor": 1.0, "truncate": True}
+    whole = {"model_type": kind, **SIZES, "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 64}
+    whole |= {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "eos_token_id": 2}
+    whole |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": None}
+    whole |= {"rope_scaling": {"rope_type": "yarn", **scaling}, "sharing_plan": {"key_sources": [0, 0, 2, 2]}}
+    assert ModelConfig.from_dict(whole)
+    configs = [{**whole, key: value} for key in (*whole, "rope_parameters") for value in wrong]
+    for section in ("rope_scaling", "sharing_plan"):
+        keys = [*whole[section], "windows", "type"]
+        configs += [{**whole, section: {**whole[section], key: value}} for key in keys for value in wrong]
+    refusals = []
+    for data in configs:
+        try:
+            ModelConfig.from_dict(data)
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > len(configs) / 2
+    assert "\n" not in "".join(refusals)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", b"\xff\xfe"])

@@ -12,7 +12,7 @@ import pytest
 
 from crosslayer.data import PreparedData
 from crosslayer.errors import UserError
-from crosslayer.train.metrics import MetricsFile, read_metrics
+from crosslayer.train.metrics import MetricsFile, MetricsWriter, read_metrics
 from tests.limits import file_size_limit
 from tests.train.runs import metrics, run
 
@@ -30,6 +30,31 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     file.write(6, {"loss": 2.5})
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 6
+
+
+def test_lines_wait_while_the_folder_is_elsewhere(tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    writer = MetricsWriter(here, {"train": {"tensorboard": False, "wandb": None}}, step=0, num_lines=0)
+    writer.write(1, loss=1.5)
+    here.rename(elsewhere)
+    for act in (lambda: writer.write(2, loss=2.5), writer.flush):
+        with pytest.warns(UserWarning, match=rf"{here}/metrics\.jsonl cannot be written: No such file"):
+            act()
+    elsewhere.rename(here)
+    writer.write(3, loss=3.5)
+    writer.flush()
+    assert [line["loss"] for line in read_metrics(here)] == [1.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize("rest", [b'{"step": 2, "lo', b'{"step": 2, "\xc3', b"\0" * 64, b"\xff\n"])
+def test_a_line_that_was_not_finished_is_left_out(rest: bytes, tmp_path: Path) -> None:
+    MetricsFile(tmp_path, 0).write(1, {"loss": 1.5})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(rest)
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.5}]
+    MetricsFile(tmp_path, 1).write(2, {"loss": 2.5})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
 class FakeWandb(SimpleNamespace):

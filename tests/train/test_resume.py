@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import math
+import shutil
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -142,12 +145,36 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, data: PreparedData, wh
 
 
 def test_no_checkpoint_that_is_whole(data: PreparedData, whole: Path, tmp_path: Path) -> None:
+    """Nothing is overwritten that could still be mended."""
     stop(data, tmp_path, 8)
-    for checkpoint in (tmp_path / "checkpoints").iterdir():
-        (checkpoint / "rank-00000.safetensors").unlink()
-    with pytest.warns(UserWarning, match="skipping a damaged checkpoint") as warned:
-        assert_resumes(data, tmp_path, whole)
-    assert len(warned) == 2
+    folder, apart = tmp_path / "checkpoints", tmp_path / "apart"
+    apart.mkdir()
+    names = sorted(checkpoint.name for checkpoint in folder.iterdir())
+    for name in names:
+        (folder / name / "rank-00000.safetensors").rename(apart / name)
+    lines = metrics(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="skipping a damaged checkpoint") as warned,
+        pytest.raises(UserError, match=rf"{folder}: no whole checkpoint in it; remove it to start from the beginning"),
+    ):
+        run(data, tmp_path, **SETTINGS)
+    assert len(warned) == len(names) == 2
+    assert metrics(tmp_path) == lines
+    for name in names:
+        (apart / name).rename(folder / name / "rank-00000.safetensors")
+    assert_resumes(data, tmp_path, whole)
+
+
+def test_checkpoints_of_another_run(data: PreparedData, whole: Path, tmp_path: Path) -> None:
+    """Of the same shape, and with other weights."""
+    stop(data, tmp_path / "mine", 8)
+    run(data, tmp_path / "other", **SETTINGS, seed=1)
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "mine" / "checkpoints", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"checkpoints: the checkpoint of step 10 is that of another run"):
+        run(data, tmp_path / "mine", **SETTINGS)
+    for step in (9, 10):
+        shutil.rmtree(tmp_path / "mine" / "checkpoints" / f"step-{step:08d}")
+    assert_resumes(data, tmp_path / "mine", whole)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +199,62 @@ def test_another_config_is_refused(
 
 def test_other_data_is_refused(whole: Path, tmp_path: Path) -> None:
     other = prepare_corpus(tmp_path, documents=119)
-    with pytest.raises(UserError, match="was started with data_fingerprint = "):
+    with pytest.raises(UserError, match="was started with other data: the text, or the tokenizer, is not what it was"):
         run(other, whole, **SETTINGS)
+
+
+def test_the_same_data_in_another_place_goes_on(data: PreparedData, whole: Path, tmp_path: Path) -> None:
+    stop(data, tmp_path / "run", 8)
+    (tmp_path / "elsewhere").mkdir()
+    assert_resumes(prepare_corpus(tmp_path / "elsewhere"), tmp_path / "run", whole)
+
+    def claim(paths: list[str], fingerprint: str) -> None:
+        loop_module.claim_folder(tmp_path, {"data": {"paths": paths}, "data_fingerprint": fingerprint})
+
+    claim(["a.txt"], "1")
+    claim(["moved/a.txt"], "1")
+    with pytest.raises(UserError, match="was started with other data"):
+        claim(["a.txt"], "2")
+
+
+# -- one process at a time ----------------------------------------------------------------------------------------
+
+
+def test_another_process_in_the_folder_is_refused(data: PreparedData, whole: Path, tmp_path: Path) -> None:
+    stop(data, tmp_path, 8)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with (tmp_path / ".lock").open() as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"another process is training in {tmp_path}"):
+            run(data, tmp_path, **SETTINGS)
+    del before[tmp_path / ".lock"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert_resumes(data, tmp_path, whole)
+
+
+def test_a_run_keeps_others_out_and_lets_them_in_at_its_end(data: PreparedData, tmp_path: Path) -> None:
+    refused: list[str] = []
+    plain = TrainStep.__call__
+
+    def second(self: TrainStep, number: int, batch: Batch) -> StepOutput:
+        if number == 4:
+            with pytest.raises(UserError) as error:
+                run(data, tmp_path, **SETTINGS)
+            refused.append(str(error.value))
+            raise Killed
+        return plain(self, number, batch)
+
+    kill(data, tmp_path, TrainStep, "__call__", second)
+    assert refused == [f"another process is training in {tmp_path}"]
+    assert run(data, tmp_path, **SETTINGS)["steps"] == 10
+
+
+def test_a_file_system_without_locks(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run(data, tmp_path, steps=1)["steps"] == 1
 
 
 # -- what may change ----------------------------------------------------------------------------------------------
@@ -194,7 +275,8 @@ CHANGES: dict[str, Any] = {
 
 
 def test_each_of_them_is_a_setting_and_tried_here() -> None:
-    assert {f"train.{name}" for name in CHANGES} == MAY_CHANGE
+    places = {"data.paths", "data.valid_paths", "data.tokenizer"}
+    assert {f"train.{name}" for name in CHANGES} == MAY_CHANGE - places
     assert CHANGES.keys() <= {field.name for field in fields(Recipe)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_what_a_run_leaves(data: PreparedData, tmp_path: Path, capsys: pytest.Ca
     per_step = record_losses(pytest.MonkeyPatch())
     with per_step as losses:
         result = run(data, out, steps=10, eval_every=3, eval_tokens=40)
-    files = {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "model", "result.json"}
+    files = {".lock", "config.json", "tokenizer", "checkpoints", "metrics.jsonl", "model", "result.json"}
     assert {path.name for path in out.iterdir()} == files
     lines = metrics(out)
     assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 10, 10]
@@ -235,6 +236,14 @@ def test_what_cannot_be_trained_does_not_claim_the_folder(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_for_the_model_that_is_taken_is_refused_before_any_work(data: PreparedData, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "views.py").touch()
+    with pytest.raises(UserError, match=r"model: exists and is not a folder with a config\.json"):
+        run(data, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_larger_vocabulary_is_allowed(data: PreparedData, tmp_path: Path) -> None:
     run(data, tmp_path, steps=2, model={"vocab_size": 512})
     assert weights(tmp_path)["lm_head.weight"].shape == (512, 32)
@@ -251,6 +260,30 @@ def test_a_loss_that_is_no_number(
     with pytest.raises(UserError, match=rf"step 8: the loss is {loss}; lower train.learning_rate or train.clip"):
         run(data, tmp_path)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_loss_that_is_no_number_leaves_no_checkpoint(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = TrainStep.__call__
+
+    def diverging(self: TrainStep, step: int, batch: Batch) -> StepOutput:
+        output = plain(self, step, batch)
+        return output._replace(loss=torch.tensor(math.nan)) if step == 4 else output
+
+    monkeypatch.setattr(TrainStep, "__call__", diverging)
+    with pytest.raises(UserError, match="step 6: the loss is nan; lower"):
+        run(data, tmp_path, log_every=100, checkpoint_every=3)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_ten_skipped_steps_end_the_run_however_seldom_it_reports(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = TrainStep._loss
+    monkeypatch.setattr(TrainStep, "_loss", lambda *arguments: plain(*arguments) * math.inf)
+    with pytest.raises(UserError, match="step 10: no finite gradients in the last 10 steps"):
+        run(data, tmp_path, steps=40, log_every=100)
 
 
 @pytest.mark.parametrize(("steps", "log_every"), [(40, 4), (40, 1), (5, 4)])
@@ -293,6 +326,16 @@ class Terminal:
 
     def flush(self) -> None:
         pass
+
+
+def test_progress_that_nobody_can_read_ends_no_run(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w", buffering=1) as log:  # noqa: PTH123 (line by line, as stderr is)
+        monkeypatch.setattr(sys, "stderr", log)
+        assert run(data, tmp_path)["steps"] == 10
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())  # or closing it would fail
 
 
 def test_progress_line() -> None:
