@@ -14,15 +14,12 @@ is at is left to it.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,7 @@ from crosslayer.errors import Diverged, UserError
 from crosslayer.evaluate import TASKS, score_recall, score_tasks
 from crosslayer.evaluate.perplexity import document_losses
 from crosslayer.evaluate.uncertainty import ratio_and_error
-from crosslayer.files import read_json, writing_into
+from crosslayer.files import claimed, read_json
 from crosslayer.plan.cost import kv_bytes
 from crosslayer.settings import load_settings, to_mapping
 from crosslayer.train import TrainConfig, train
@@ -164,21 +161,6 @@ class Study:
         }
 
 
-@contextmanager
-def claimed(file: Path) -> Iterator[bool]:
-    """Whether no other process has claimed this file; if so, it is this one's until the block, or the process, ends."""
-    with writing_into(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def rounded(rate: float) -> float:
     return float(f"{rate:.4g}")
 
@@ -195,8 +177,7 @@ def comparable(training: TrainConfig) -> dict[str, Any]:
 
 
 def content_fingerprint(data: PreparedData) -> str:
-    """Names the tokens of both splits wherever they were prepared; the fingerprint of `prepare` knows files by their
-    times."""
+    """Names the tokens of both splits as the recorded results do; `data.fingerprint` does it in another way."""
     index = read_json(data.folder / "index.json")
     content = [[shard["crc32"] for shard in index[split]] for split in ("train", "valid")]
     return short_hash(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -45,6 +46,27 @@ def writing_into(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def claimed(file: Path) -> Iterator[bool]:
+    """Whether no other process has claimed this file; if so, it is this one's until the block, or the process, ends.
+
+    Raises:
+        UserError: its folder cannot be written.
+    """
+    with writing_into(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("w")
+    with lock:
+        mine = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
+        except OSError:  # a file system without locks
+            pass
+        yield mine
 
 
 def read_json(file: Path) -> dict[str, Any]:

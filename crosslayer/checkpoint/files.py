@@ -15,11 +15,12 @@ from crosslayer.errors import UserError
 from crosslayer.files import flush, read_json, write_json
 
 CHECKSUMS = "checksums.json"
+CONFIG = "config.json"
 
 
 @contextmanager
-def new_folder(target: Path, marker: str) -> Iterator[Path]:
-    """A scratch folder that becomes `target` when the block ends well, and disappears when it does not.
+def new_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder for a model that becomes `target` when the block ends well, and disappears when it does not.
 
     The files in it are checksummed into `checksums.json`.
 
@@ -27,7 +28,7 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
         UserError: `target` is something that `check_target` refuses to replace, or cannot be written.
     """
     target = target.resolve()  # a link goes on to show where it does
-    check_target(target, marker)
+    check_target(target)
     scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,16 +55,16 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_target(target: Path, marker: str) -> None:
-    """That `new_folder` would replace nothing but an empty folder, or one of the same kind as it was written: with the
-    file `marker` in it, and nothing that its `checksums.json` does not list.
+def check_target(target: Path) -> None:
+    """That `new_folder` would replace nothing but an empty folder or a model's, as it was written: with a
+    `config.json`, and nothing that its `checksums.json` does not list.
 
     Raises:
         UserError: `target` is something else; the message names what is in the way.
     """
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    if target.exists() and marker not in names and (names or not target.is_dir()):
-        raise UserError(f"{target}: exists and is not a folder with a {marker}; choose another place")
+    if target.exists() and CONFIG not in names and (names or not target.is_dir()):
+        raise UserError(f"{target}: exists and is not a folder with a {CONFIG}; choose another place")
     listed = {CHECKSUMS, *read_json(target / CHECKSUMS)} if CHECKSUMS in names else set()
     if foreign := max(names - listed, default=None):  # hidden ones come first
         raise UserError(

@@ -11,13 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosslayer.checkpoint.files import CHECKSUMS, check_folder, check_target, new_folder
+from crosslayer.checkpoint.files import CHECKSUMS, CONFIG, check_folder, new_folder
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, write_json
 from crosslayer.model import Transformer
 from crosslayer.plan import ModelConfig
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -47,7 +46,7 @@ def save(
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
     stored_dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    with new_folder(Path(folder), CONFIG) as scratch:
+    with new_folder(Path(folder)) as scratch:
         write_json(scratch / CONFIG, {**model.config.to_dict(), "dtype": stored_dtype})
         shards = _split(state)
         if len(shards) == 1:
@@ -62,15 +61,6 @@ def save(
             write_json(scratch / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
         if tokenizer is not None:
             tokenizer.save(scratch)
-
-
-def check_place(folder: Path) -> None:
-    """Before the work that makes a model: `save` may write it to `folder`.
-
-    Raises:
-        UserError: something else is there.
-    """
-    check_target(folder, CONFIG)
 
 
 def load(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 
 from crosslayer import checkpoint
-from crosslayer.checkpoint.folder import check_place
+from crosslayer.checkpoint.files import check_target
 from crosslayer.checkpoint.state import Checkpoints
 from crosslayer.data import PreparedData, TrainBatches
 from crosslayer.environment import describe_environment
 from crosslayer.errors import Stopped, UserError
 from crosslayer.evaluate import Score, score
-from crosslayer.files import read_json, write_json, writing_into
+from crosslayer.files import claimed, read_json, write_json, writing_into
 from crosslayer.model import Transformer
 from crosslayer.settings import to_mapping
 from crosslayer.train.config import MAY_CHANGE, TrainConfig
@@ -64,7 +63,7 @@ def train(
 
         def claim() -> None:
             if run is not None:
-                check_place(out / MODEL)  # before the work that would be for nothing
+                check_target(out / MODEL)  # before the work that would be for nothing
                 held.enter_context(_alone_in(out))
             claim_folder(out, settings)
 
@@ -79,16 +78,9 @@ def _alone_in(out: Path) -> Iterator[None]:
     Raises:
         UserError: another one does, or the folder cannot be written.
     """
-    with writing_into(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {out}") from None
-        except OSError:  # a file system without locks
-            pass
+    with claimed(out / LOCK) as mine:
+        if not mine:
+            raise UserError(f"another process is training in {out}")
         yield
 
 
