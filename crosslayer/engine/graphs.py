@@ -70,7 +70,8 @@ class Computed(NamedTuple):
 
 
 class GraphedStep:
-    """`compute(batch)`, logits and tokens, for steps of the shapes of `host`. Graphs of the same `memory` share it."""
+    """`compute(batch)`, logits and tokens, for steps of the shapes of `host`. Graphs of the same `memory`, captured on the same
+    `stream`, share it."""
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class GraphedStep:
         host: HostBatch,
         exchange: Exchange,
         memory: MemoryPool,
+        stream: torch.cuda.Stream,
     ) -> None:
         # Triton is there only where there is a GPU.
         from crosslayer.kernels.exchange_triton import fetch, give
@@ -93,17 +95,16 @@ class GraphedStep:
             give(tokens, exchange.tokens, exchange.turn)
             return logits, tokens
 
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for batch in exchange.batches:
                 pack_into(batch, host.arrays)
             # Compiles kernels, and lets libraries set up what a capture forbids; twice, so that turns are as before.
             for _ in exchange.batches:
                 step()
-        side.synchronize()  # what it has fetched may be overwritten
+        stream.synchronize()  # what it has fetched may be overwritten
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=memory):
+        with torch.cuda.graph(self.graph, pool=memory, stream=stream):
             self._logits, self._tokens = step()
 
     def __call__(self, host: HostBatch) -> Computed:
@@ -119,8 +120,10 @@ def capture(
     most_bytes = max((packed_bytes(host.arrays) for host in described.values()), default=0)
     exchange = Exchange(builder.cache.device, most_bytes, max((shape.rows for shape in shapes), default=0))
     memory = torch.cuda.graph_pool_handle()
+    # Of the current device: PyTorch's own stream for captures stays on the device of the process's first one.
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     graphs = {
-        shape: GraphedStep(compute, builder, described[shape], exchange, memory)
+        shape: GraphedStep(compute, builder, described[shape], exchange, memory, stream)
         for shape in sorted(shapes, reverse=True)
     }
     return {shape: graphs[shape] for shape in shapes}
