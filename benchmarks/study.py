@@ -7,8 +7,8 @@ Names of stages (configs/study/stages.yaml; none: all, in their order) and key=v
 mixed. A run that the results have already is skipped: the same model, recipe, seed, rate and data. A run starts only
 if the slowest so far would end within the limit. A run whose loss is no longer a number is recorded as that.
 
-The same command may run several times at once, say with a GPU each (CUDA_VISIBLE_DEVICES): a run that another process
-is at is left to it.
+The same command may run several times at once, with a GPU each (CUDA_VISIBLE_DEVICES) or several on one, which then
+has work while one of them compiles or evaluates: a run that another process is at is left to it.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ class Study:
                     raise OutOfTime
                 row = {"design": design, "seed": recipe.seed, "learning_rate": recipe.learning_rate}
                 row |= {"tokens": recipe.steps * recipe.tokens_per_step, "commit": self.arguments.commit}
+                row |= {"runs_on_gpu": self.arguments.runs_on_gpu}
                 row |= {**self._result(training, folder), "settings": settings, "environment": describe_environment()}
                 self.slowest = max(self.slowest, time.monotonic() - started)
                 with self.arguments.results.open("a", encoding="utf-8") as file:
@@ -218,6 +219,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where models go")
     parser.add_argument("--minutes", type=float, help="time limit")
+    parser.add_argument(
+        "--runs-on-gpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of these commands share a GPU (for the account of time)",
+    )
     parser.add_argument("--task-data", type=Path, metavar="DIR", help="the task sets' files (none: no tasks)")
     parser.add_argument("--tasks", default=",".join(TASKS), metavar="A,B,...", help="(default: all)")
     parser.add_argument("--task-items", type=int, metavar="N", help="N items of each set (default: all)")

@@ -1,4 +1,4 @@
-"""The study's Pareto plot: held-out loss against KV bytes per token, ours next to the paper's."""
+"""The study's plots: held-out loss against KV bytes per token, ours next to the paper's; and layouts of one cache."""
 
 from __future__ import annotations
 
@@ -32,11 +32,29 @@ KINDS = dict(zip(("no sharing", "CLA2", "other sharing"), COLOURS, strict=False)
 
 def draw(points: Sequence[Point], title: str) -> Figure:
     """Losses in nats per token, with their range over seeds; a line joins the best points of each kind of sharing. The
-    paper's are natural logarithms of its perplexities, and have no range: it reports one run each."""
+    paper's are natural logarithms of its perplexities, and have no range: it reports one run each. Of ours, those of
+    the paper's kinds: controls and later layouts would hide them."""
     figure, (left, right) = make_figure(14, 6, 2)
+    points = [point for point in points if is_of_the_paper(point[2])]
     _draw_panel(figure, left, points, title)
     paper: list[Point] = [(count, Spread.of([math.log(ppl)]), design) for design, (count, ppl) in PAPER.items()]
     _draw_panel(figure, right, paper, "arXiv 2405.12981, table 1: 1B parameters, 30B tokens, one run each")
+    return figure
+
+
+def draw_layouts(layouts: Sequence[tuple[str, Spread, Spread]]) -> Figure:
+    """Designs of one size of cache, by name, loss and gain in recall, both with their range over seeds: the lowest loss
+    on top."""
+    figure, panels = make_figure(11, 0.8 + 0.32 * len(layouts), 2)
+    layouts = sorted(layouts, key=lambda layout: -layout[1].mean)
+    heads = ("held-out loss, nats per token", "gain in recall, nats per word")
+    for number, (axes, head) in enumerate(zip(panels, heads, strict=True)):
+        for y, (design, *spreads) in enumerate(layouts):
+            colour, spread = KINDS[kind_of(design)], spreads[number]
+            axes.hlines(y, spread.low, spread.high, color=colour, linewidth=1.5)
+            axes.plot(spread.mean, y, "o", color=colour, markersize=5)
+        axes.set_yticks(range(len(layouts)), [design for design, *_ in layouts] if number == 0 else [""] * len(layouts))
+        axes.set_title(head, fontsize=10, loc="left")
     return figure
 
 
@@ -58,6 +76,12 @@ def _draw_panel(figure: Figure, axes: Axes, points: Sequence[Point], title: str)
     axes.legend(frameon=False, fontsize=9)
     labels = [(x, loss, design, KINDS[kind_of(design)]) for x, (_, loss, design) in zip(xs, points, strict=True)]
     place_labels(figure, axes, labels)
+
+
+def is_of_the_paper(design: str) -> bool:
+    """Whether the paper has such a design, at any head size."""
+    *_, plan = design.split("-")
+    return plan in ("KeepEnds", "DenseFront", "DenseBack") or plan.startswith(("CLA", "MHA", "GQA", "MQA"))
 
 
 def kind_of(design: str) -> str:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.study_report
 
-Replaces what stands between the two marker lines of docs/study.md, and docs/images/study-pareto.png. Only runs of the
-models and the recipe of configs/study/compare.yaml count, whatever their seed and learning rate; a design is shown at
-the rate that has the lowest held-out loss with its first seed.
+Replaces what stands between the two marker lines of docs/study.md, and the plots docs/images/study-*.png. Only runs of
+the models and the recipe of configs/study/compare.yaml count, whatever their seed and learning rate; a design is shown
+at the rate that has the lowest held-out loss with its first seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.study import CONFIG, RESULTS, ROOT, comparable, read_rows
-from benchmarks.study_plot import draw
+from benchmarks.study_plot import draw, draw_layouts
 from crosslayer.compare import CompareConfig
 from crosslayer.compare.plots import to_png
 from crosslayer.compare.statistics import CONFIDENCE, Difference, Spread
@@ -28,6 +28,7 @@ from crosslayer.settings import load_settings
 CORPUS = "crosslayer study corpus 2026-11"
 PAGE = ROOT / "docs" / "study.md"
 PLOT = ROOT / "docs" / "images" / "study-pareto.png"
+LAYOUTS_PLOT = ROOT / "docs" / "images" / "study-layouts.png"
 BEGIN, END = "<!-- begin: benchmarks/study_report.py -->", "<!-- end -->"
 
 # What is set against what: a question, and pairs of a design and its reference.
@@ -79,7 +80,7 @@ QUESTIONS = {
     ],
 }
 # The questions whose pairs are set against each other in tasks and recall as well.
-SCORED = ("Half the cache", "Equal cache")
+SCORED = ("Half the cache", "Equal cache", "Other layouts")
 PAIR_HEADS = ("question", "design", "against")
 # Later seeds were added where these had not resolved a pair, so they must also be seen by themselves.
 FIRST_SEEDS = (0, 1, 2)
@@ -217,6 +218,14 @@ def compared_scores(row: dict[str, Any]) -> dict[str, float]:
     return found | {f"recall {head}": value for head, value in recall_scores(row).items() if head.startswith("in ")}
 
 
+def layouts_of(arms: Sequence[Arm]) -> list[Arm]:
+    """Those that other layouts of the same cache are compared with, and they themselves."""
+    names = {
+        name for question, pairs in QUESTIONS.items() if "same cache" in question for pair in pairs for name in pair
+    }
+    return [arm for arm in arms if arm.design in names | {"H64-MQA"}]
+
+
 def render(arms: Sequence[Arm], rows: Sequence[dict[str, Any]]) -> str:
     """The part of docs/study.md that is made from the results."""
     if not arms:
@@ -229,7 +238,9 @@ def render(arms: Sequence[Arm], rows: Sequence[dict[str, Any]]) -> str:
         if design in by_name and reference in by_name and by_name[design].rows.keys() & by_name[reference].rows.keys()
     ]
     parts = [_summary(rows), _main_table(arms), _noise(arms, pairs)]
-    parts += ["![Held-out loss against KV bytes per token](images/study-pareto.png)", _pairs_table(pairs)]
+    parts += [f"![Held-out loss against KV bytes per token](images/{PLOT.name})", _pairs_table(pairs)]
+    if layouts_of(arms):
+        parts.append(f"![Layouts of the same cache: held-out loss and recall](images/{LAYOUTS_PLOT.name})")
     if any(row["tasks"] for arm in arms for row in arm.rows.values()):
         parts.append(_tasks_table(arms))
     parts += [_recall_table(arms), _scored_pairs_table(pairs), _rates_table(arms)]
@@ -239,13 +250,14 @@ def render(arms: Sequence[Arm], rows: Sequence[dict[str, Any]]) -> str:
 def _summary(rows: Sequence[dict[str, Any]]) -> str:
     finished = [row for row in rows if "validation" in row]
     tokens = sum(row["tokens"] for row in finished)
-    minutes = sum(row["seconds"] + row["evaluation_seconds"] for row in finished) / 60
+    # Runs that shared a GPU have each waited for the other; the first had none to share with, and did not say so.
+    minutes = sum((row["seconds"] + row["evaluation_seconds"]) / row.get("runs_on_gpu", 1) for row in finished) / 60
     machines = sorted({row["environment"]["gpu"] or row["environment"]["processor"] for row in finished})
     dates = sorted(row["environment"]["time"][:10] for row in finished)
     diverged = len(rows) - len(finished)
     return (
-        f"{len(finished)} runs, {tokens / 1e9:.2f} billion tokens of the {CORPUS}, {minutes:.0f} minutes of training "
-        f"and evaluation on {', '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+        f"{len(finished)} runs, {tokens / 1e9:.2f} billion tokens of the {CORPUS}, {minutes:.0f} GPU minutes of "
+        f"training and evaluation on {', '.join(machines)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
         + (f"; {diverged} more did not finish." if diverged else ".")
     )
 
@@ -283,7 +295,7 @@ def _pairs_table(pairs: Sequence[Pair]) -> str:
 
 
 def _loss_cells(found: Difference) -> list[str]:
-    return [format_difference(found), str(len(found.seeds)), found.verdict]
+    return [format_difference(found), str(len(found.seeds)), "one seed" if found.half_width is None else found.verdict]
 
 
 def _scored_pairs_table(pairs: Sequence[Pair]) -> str:
@@ -388,6 +400,11 @@ def main() -> None:
     if arms:
         title = f"{CORPUS}, {arms[0].first['tokens'] / 1e6:.0f}M tokens: mean and range over seeds"
         PLOT.write_bytes(to_png(draw([(arm.kv_bytes, arm.loss, arm.design) for arm in arms], title)))
+        gain = "in 1024 tokens: gain"
+        layouts = [
+            (arm.design, arm.loss, Spread.of([*arm.scores(gain, recall_scores).values()])) for arm in layouts_of(arms)
+        ]
+        LAYOUTS_PLOT.write_bytes(to_png(draw_layouts(layouts)))
     print(f"{len(arms)} designs from {len(rows)} runs: {PAGE.relative_to(ROOT)}")
 
 

@@ -30,6 +30,7 @@ PLACES = (
         for dx, ha in ((12, "left"), (-12, "right"))
     ),
 )
+NEAR = 4  # as many of them are beside the point
 SMOOTHING = 0.04  # of the run, on either side
 
 
@@ -171,11 +172,15 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, Sprea
             for dx, dy, ha, va in PLACES
         ]
         costs = [cost(place.get_window_extent()) for place in places]
-        best = places[costs.index(min(costs))]
-        for place in places:
-            if place is not best:
-                place.remove()
-        taken.append(best.get_window_extent())
+        best = costs.index(min(costs))
+        taken.append(places[best].get_window_extent())
+        for place in places[:best] + places[best + 1 :]:
+            place.remove()
+        if best >= NEAR:  # a line tells whose it is
+            (dx, dy, _, _), pixels = PLACES[best], figure.dpi / 72
+            px, py = axes.transData.transform((x, loss.mean))
+            end = axes.transData.inverted().transform((px + dx * pixels, py + dy * pixels))
+            axes.plot([x, end[0]], [loss.mean, end[1]], color=colour, linewidth=0.6, scalex=False, scaley=False)
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:

@@ -70,8 +70,8 @@ class Computed(NamedTuple):
 
 
 class GraphedStep:
-    """`compute(batch)`, logits and tokens, for steps of the shapes of `host`. Graphs of the same `memory`, captured on the same
-    `stream`, share it."""
+    """`compute(batch)`, logits and tokens, for steps of the shapes of `host`. Graphs that are captured on one `stream`
+    share their `memory`."""
 
     def __init__(
         self,

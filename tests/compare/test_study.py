@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from benchmarks import study
-from benchmarks.study_plot import PAPER, draw, kind_of
+from benchmarks.study_plot import PAPER, draw, draw_layouts, is_of_the_paper, kind_of
 from benchmarks.study_report import QUESTIONS, Arm, gather, render
 from crosslayer import checkpoint
 from crosslayer.compare import CompareConfig
+from crosslayer.compare.statistics import Spread
 from crosslayer.data import prepare
 from crosslayer.errors import UserError
 from crosslayer.evaluate import score, score_recall
@@ -99,7 +100,7 @@ def test_a_row_holds_what_the_saved_model_scores(place: Place, rows: list[dict[s
     assert row["kv_bytes_per_token"] == 2 * 2 * 16 * 2  # two owners, keys and values, two bytes
     assert [result["accuracy"] for result in row["recall"]] == [r.accuracy for r in score_recall(model, data.tokenizer)]
     assert row["tasks"]["blimp"]["items"] == 3
-    assert (row["tokens"], row["learning_rate"], row["commit"]) == (512, 0.01, "abc")
+    assert (row["tokens"], row["learning_rate"], row["commit"], row["runs_on_gpu"]) == (512, 0.01, "abc", 1)
     assert row["settings"]["model"]["design"] == "H16-MQA-CLA2"
     assert rows[4]["settings"]["model"]["intermediate_size"] == 56
     assert row["environment"]["torch"]
@@ -342,6 +343,11 @@ def test_the_report_of_scores_over_seeds() -> None:
     text = render(more, [row for arm in more for row in arm.rows.values()])
     assert f"{pair} as many | −0.0200 ±0.1360 | 5 | not resolved at this size |" in text
     assert "|  |  | by the seeds added later alone |  | +0.1000 ±0.0000 | 2 | higher loss |" in text
+    shared = [made_up_arm("H64-MQA", 50_000_000, [3.5, 3.6], other), made_up_arm("H128-MQA-CLA2", 1, [3.4], ours)]
+    runs = [row for arm in shared for row in arm.rows.values()]
+    text = render(shared, [{**runs[0], "runs_on_gpu": 2}, {**runs[1], "runs_on_gpu": 2}, runs[2]])
+    assert "3 runs, 0.00 billion tokens of the crosslayer study corpus 2026-11, 2 GPU minutes" in text
+    assert f"{pair} −50.00 M | −0.1000 | 1 | one seed |" in text
     alone = render(arms[:1], list(arms[0].rows.values()))
     assert "comparisons of equals" not in alone
 
@@ -398,10 +404,31 @@ def test_the_papers_points_have_the_bytes_of_their_designs() -> None:
     }
 
 
+def test_what_the_paper_has() -> None:
+    designs = load_settings(CompareConfig, study.CONFIG).designs
+    layouts = [design for design in designs if ":" in design or "fusedkv" in design]
+    controls = [design for design in designs if design.endswith("-wide")]
+    assert [design for design in designs if not is_of_the_paper(design)] == [*layouts, *controls]
+
+
+def test_the_plot_of_layouts() -> None:
+    """The lowest loss on top; a range where there is one."""
+    spreads = {"a": Spread.of([3.0, 3.2]), "b": Spread.of([3.5]), "c": Spread.of([2.0])}
+    names = {"H128-MQA-CLA2": "a", "H128-MQA-fusedkv-lite": "b", "H64-MQA": "c"}
+    left, right = draw_layouts([(name, spreads[key], spreads["c"]) for name, key in names.items()]).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == [
+        "H128-MQA-fusedkv-lite",
+        "H128-MQA-CLA2",
+        "H64-MQA",
+    ]
+    assert [line.get_xdata()[0] for line in left.lines] == pytest.approx([3.5, 3.1, 2.0])
+    assert [line.get_xdata()[0] for line in right.lines] == [2.0] * 3
+
+
 def test_the_plot_shows_both_panels(place: Place, rows: list[dict[str, Any]]) -> None:
     arms = gather(load_settings(CompareConfig, place.config), rows)
     left, right = draw([(arm.kv_bytes, arm.loss, arm.design) for arm in arms], "here").axes
-    assert {text.get_text() for text in left.texts} == set(CONFIG["designs"])
+    assert {text.get_text() for text in left.texts} == {"H16-MQA", "H16-MQA-CLA2"}
     assert {text.get_text() for text in right.texts} == set(PAPER)
     assert {design: kind_of(design) for design in ("H128-GQA2", "H64-MQA-CLA2-wide", "H128-GQA2-yoco:window=341")} == {
         "H128-GQA2": "no sharing",
