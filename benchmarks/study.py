@@ -233,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.commit is None:
         parser.error("this is no git checkout; say with --commit which commit it is")
+    if arguments.runs_on_gpu < 1:
+        parser.error("--runs-on-gpu: at least 1")
     names, settings = ([s for s in arguments.stages if ("=" in s) == wanted] for wanted in (False, True))
     try:
         config = load_settings(CompareConfig, arguments.config, settings)

@@ -231,6 +231,7 @@ def test_mistakes(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
         ("nois",): "no stage 'nois'; stages: noise, tune, control",
         ("noise", "designs=[H16-MQA]", "overrides={}"): "stage noise: 'H16-MQA-CLA2' is not among the designs",
         ("noise", "train.tokens=1"): "tokens",
+        ("noise", "--runs-on-gpu=0"): "--runs-on-gpu: at least 1",
     }.items():
         with pytest.raises(SystemExit) as caught:
             place.run(*arguments)
