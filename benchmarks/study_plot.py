@@ -46,15 +46,16 @@ def draw_layouts(layouts: Sequence[tuple[str, Spread, Spread]]) -> Figure:
     """Designs of one size of cache, by name, loss and gain in recall, both with their range over seeds: the lowest loss
     on top."""
     figure, panels = make_figure(11, 0.8 + 0.32 * len(layouts), 2)
-    layouts = sorted(layouts, key=lambda layout: -layout[1].mean)
+    designs, *figures = zip(*sorted(layouts, key=lambda layout: -layout[1].mean), strict=True)
     heads = ("held-out loss, nats per token", "gain in recall, nats per word")
-    for number, (axes, head) in enumerate(zip(panels, heads, strict=True)):
-        for y, (design, *spreads) in enumerate(layouts):
-            colour, spread = KINDS[kind_of(design)], spreads[number]
+    for axes, head, spreads in zip(panels, heads, figures, strict=True):
+        for y, (design, spread) in enumerate(zip(designs, spreads, strict=True)):
+            colour = KINDS[kind_of(design)]
             axes.hlines(y, spread.low, spread.high, color=colour, linewidth=1.5)
             axes.plot(spread.mean, y, "o", color=colour, markersize=5)
-        axes.set_yticks(range(len(layouts)), [design for design, *_ in layouts] if number == 0 else [""] * len(layouts))
+        axes.set_yticks(range(len(designs)), designs)
         axes.set_title(head, fontsize=10, loc="left")
+    panels[1].tick_params(labelleft=False)
     return figure
 
 

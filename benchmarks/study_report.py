@@ -219,7 +219,7 @@ def compared_scores(row: dict[str, Any]) -> dict[str, float]:
 
 
 def layouts_of(arms: Sequence[Arm]) -> list[Arm]:
-    """Those that other layouts of the same cache are compared with, and they themselves."""
+    """Layouts of the same cache, what they are compared with, and smaller heads of that cache."""
     names = {
         name for question, pairs in QUESTIONS.items() if "same cache" in question for pair in pairs for name in pair
     }
@@ -400,11 +400,11 @@ def main() -> None:
     if arms:
         title = f"{CORPUS}, {arms[0].first['tokens'] / 1e6:.0f}M tokens: mean and range over seeds"
         PLOT.write_bytes(to_png(draw([(arm.kv_bytes, arm.loss, arm.design) for arm in arms], title)))
-        gain = "in 1024 tokens: gain"
-        layouts = [
-            (arm.design, arm.loss, Spread.of([*arm.scores(gain, recall_scores).values()])) for arm in layouts_of(arms)
-        ]
-        LAYOUTS_PLOT.write_bytes(to_png(draw_layouts(layouts)))
+    if layouts := layouts_of(arms):
+        gains = [Spread.of([*arm.scores("in 1024 tokens: gain", recall_scores).values()]) for arm in layouts]
+        LAYOUTS_PLOT.write_bytes(
+            to_png(draw_layouts([(arm.design, arm.loss, gain) for arm, gain in zip(layouts, gains, strict=True)]))
+        )
     print(f"{len(arms)} designs from {len(rows)} runs: {PAGE.relative_to(ROOT)}")
 
 
