@@ -45,20 +45,21 @@ class GraphedLoss:
 
     def _warm_up(self) -> None:
         """Compile, and let libraries set up what they may not set up during a capture."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        # Of the current device: PyTorch's own stream for captures stays on the device of the process's first one.
+        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             for _ in range(WARM_UP):
                 self._run()
                 self._drop_gradients()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         torch.cuda.empty_cache()  # a graph has memory of its own
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Where there are no gradients yet, the graph makes their buffers; else it adds to them."""
         graph = torch.cuda.CUDAGraph()
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=self._side):
             loss = self._run()
         return graph, loss
 

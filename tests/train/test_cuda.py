@@ -61,6 +61,21 @@ def test_a_graph_trains_as_its_launches_do(
         torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_gpu_after_another() -> None:
+    """A process that has captured on one GPU captures on the next as well."""
+    model = random_model(tiny_config("cla2", vocab_size=300))
+    recipe = Recipe(tokens=960, sequence_length=16, batch_size=6, learning_rate=1e-2, precision="fp32", compile=False)
+    losses = []
+    for number in range(2):
+        with torch.cuda.device(number):
+            step = TrainStep(copy.deepcopy(model).cuda(), recipe)
+            assert step._graphed is not None
+            losses.append([step(i, batch).loss.item() for i, batch in enumerate(batches(5))])
+    assert losses[0][0] > losses[0][-1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(("plan", "mask_documents"), [("cla2", False), ("cla2", True), ("yoco:window=5", False)])
 def test_masks_are_not_captured(plan: str, mask_documents: bool) -> None:
     recipe = Recipe(tokens=960, sequence_length=16, batch_size=6, compile=False, mask_documents=mask_documents)
