@@ -39,6 +39,7 @@ from crosslayer.settings import load_settings, to_mapping
 from crosslayer.train import TrainConfig, train
 from crosslayer.train.config import MAY_CHANGE
 from crosslayer.train.host import autocast, choose_device
+from crosslayer.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study" / "compare.yaml"
@@ -155,6 +156,9 @@ class Study:
             "parameters": trained["parameters"],
             "kv_bytes_per_token": kv_bytes(model.config, context) / context,
             "validation": {**trained["validation"], "standard_error": standard_error},
+            "course": {
+                str(line["step"]): line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line
+            },
             "tasks": {task: asdict(score) for task, score in tasks.items()},
             "recall": [asdict(result) for result in recall],
             "seconds": trained["seconds"],

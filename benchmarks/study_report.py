@@ -13,7 +13,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import Any
 
 from benchmarks.study import CONFIG, RESULTS, ROOT, comparable, read_rows
@@ -62,6 +62,9 @@ QUESTIONS = {
     ],
     "A third less cache, by groups of three": [
         ("H128-MQA-CLA3", "H128-MQA-CLA2"),
+    ],
+    "Half the cache, by groups of four": [
+        ("H128-MQA-CLA4", "H128-MQA-CLA2"),
     ],
     "Other patterns, with a sixth more cache, against CLA2": [
         ("H128-MQA-CLA2-KeepEnds", "H128-MQA-CLA2"),
@@ -218,6 +221,11 @@ def compared_scores(row: dict[str, Any]) -> dict[str, float]:
     return found | {f"recall {head}": value for head, value in recall_scores(row).items() if head.startswith("in ")}
 
 
+def course(row: dict[str, Any]) -> dict[str, float]:
+    """Held-out loss on the way, by step; earlier runs did not record it."""
+    return {f"{int(step):,}": loss for step, loss in row.get("course", {}).items()}
+
+
 def layouts_of(arms: Sequence[Arm]) -> list[Arm]:
     """Layouts of the same cache, what they are compared with, and smaller heads of that cache."""
     names = {
@@ -243,7 +251,8 @@ def render(arms: Sequence[Arm], rows: Sequence[dict[str, Any]]) -> str:
         parts.append(f"![Layouts of the same cache: held-out loss and recall](images/{LAYOUTS_PLOT.name})")
     if any(row["tasks"] for arm in arms for row in arm.rows.values()):
         parts.append(_tasks_table(arms))
-    parts += [_recall_table(arms), _scored_pairs_table(pairs), _rates_table(arms)]
+    parts += [_recall_table(arms), _scored_pairs_table(pairs), _course_table(pairs), _course_of_seeds(arms)]
+    parts.append(_rates_table(arms))
     return "\n\n".join(filter(None, parts))
 
 
@@ -317,6 +326,48 @@ def _scored_pairs_table(pairs: Sequence[Pair]) -> str:
         "\n\nDifferences ± 95%, paired by seed as those of the loss are. Bold: the interval leaves out zero, as of "
         f"{count} comparisons of equals about {round(count * (1 - CONFIDENCE))} would. Recall: over five distances."
     )
+
+
+def _course_table(pairs: Sequence[Pair]) -> str:
+    """Differences on the way, of pairs that went at the same rate."""
+    pairs = [pair for pair in pairs if pair.design.rate == pair.reference.rate]
+    heads = _heads([pair.design for pair in pairs], course)
+    rows = []
+    for pair in pairs:
+        found = [pair.score(head, course) for head in heads]
+        if any(found):
+            rows.append([*pair.cells(), *(NONE if each is None else format_difference(each) for each in found)])
+    if not rows:
+        return ""
+    heads = [*PAIR_HEADS, *(f"after step {head}" for head in heads)]
+    return _table(heads, _without_repeats(rows)) + (
+        "\n\nDifferences of held-out loss on the way ± 95%, over the seeds whose course was recorded. All but the last "
+        "are of part of the held-out text."
+    )
+
+
+def _course_of_seeds(arms: Sequence[Arm]) -> str:
+    """Whether a seed that ends ahead of its design's others was ahead of them before."""
+    *heads, last = _heads(arms, course) or [""]
+    several = [arm for arm in arms if len(arm.scores(last, course)) > 1]
+    if not several:
+        return ""
+    found = []
+    for head in heads:
+        before, after = (
+            [value for arm in several for value in _from_mean(arm.scores(when, course))] for when in (head, last)
+        )
+        found.append(f"{correlation(before, after):.2f} after step {head}")
+    runs = sum(len(arm.scores(last, course)) for arm in several)
+    return (
+        "How far the loss of a run is from the mean of its design correlates with how far it is at the end by "
+        f"{', '.join(found)} ({runs} runs of {len(several)} designs)."
+    )
+
+
+def _from_mean(values: Mapping[int, float]) -> list[float]:
+    mean = fmean(values.values())
+    return [value - mean for value in values.values()]
 
 
 def _tasks_table(arms: Sequence[Arm]) -> str:

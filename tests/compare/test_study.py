@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def test_a_row_holds_what_the_saved_model_scores(place: Place, rows: list[dict[s
     assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert row["kv_bytes_per_token"] == 2 * 2 * 16 * 2  # two owners, keys and values, two bytes
     assert [result["accuracy"] for result in row["recall"]] == [r.accuracy for r in score_recall(model, data.tokenizer)]
+    assert row["course"] == {"2": row["validation"]["loss"]}  # of two steps
     assert row["tasks"]["blimp"]["items"] == 3
     assert (row["tokens"], row["learning_rate"], row["commit"], row["runs_on_gpu"]) == (512, 0.01, "abc", 1)
     assert row["settings"]["model"]["design"] == "H16-MQA-CLA2"
@@ -353,6 +355,29 @@ def test_the_report_of_scores_over_seeds() -> None:
     assert "comparisons of equals" not in alone
 
 
+def test_the_report_of_losses_on_the_way() -> None:
+    """By hand: differences of -0.3 and -0.1 after step 1000, -0.1 and -0.1 at the end; deviations from the means of the
+    two designs are +-0.2 and +-0.1 on the way, +-0.05 both at the end. Of pairs at several rates nothing is said."""
+    scores = {name: [1.0] * 3 for name in ("lambada", "blimp", "perplexity", "gain")}
+    ours = made_up_arm("H128-MQA-CLA2", 1, [3.4, 3.5, 3.6], scores)
+    other = made_up_arm("H64-MQA", 1, [3.5, 3.6, 3.7], scores)
+    for arm, courses in ((ours, [[4.3, 3.4], [4.7, 3.5]]), (other, [[4.6, 3.5], [4.8, 3.6]])):
+        for seed, losses in enumerate(courses):
+            arm.rows[seed]["course"] = dict(zip(("1000", "2000"), losses, strict=True))
+    rows = [row for arm in (ours, other) for row in arm.rows.values()]
+    text = render([ours, other], rows)
+    assert "| after step 1,000 | after step 2,000 |" in text
+    pair = "| Equal cache: sharing, or smaller heads | `H128-MQA-CLA2` | `H64-MQA` |"
+    assert f"{pair} −0.2000 ±1.2706 | −0.1000 ±0.0000 |" in text
+    assert "at the end by 0.95 after step 1,000 (4 runs of 2 designs)." in text  # 0.3 / sqrt(0.1)
+    text = render([replace(ours, rate=2e-3), other], rows)
+    assert "on the way" not in text
+    assert "at the end by 0.95" in text
+    for row in rows:
+        row.pop("course", None)
+    assert "at the end" not in render([ours, other], rows)
+
+
 # -- the study itself -------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +396,15 @@ def shapes() -> dict[str, ModelConfig]:
 def test_the_stages_cover_the_study(shapes: dict[str, ModelConfig]) -> None:
     stages = load_settings(study.Plan, study.STAGES).stages
     assert {design for stage in stages.values() for design in stage.designs} == set(shapes)
+
+
+def test_the_config_has_the_rates_that_were_found() -> None:
+    config = load_settings(CompareConfig, study.CONFIG)
+    arms = gather(config, study.read_rows(study.RESULTS))
+    assert arms
+    assert {arm.design: config.training(arm.design, 0).train.learning_rate for arm in arms} == {
+        arm.design: arm.rate for arm in arms
+    }
 
 
 def test_pairs_of_equal_cache_and_of_equal_parameters_are_that(shapes: dict[str, ModelConfig]) -> None:
