@@ -17,8 +17,9 @@ from benchmarks.gpu import matmul_rate
 from benchmarks.train_speed import flops_per_token, measure, our_step
 from crosslayer.environment import describe_environment
 from crosslayer.files import write_json
+from crosslayer.plan.cost import Recompute
 from crosslayer.plan.presets import parse_design, preset
-from crosslayer.plan.training_memory import Recompute, training_memory
+from crosslayer.plan.training_memory import training_memory
 
 LENGTH = 2048
 # Preset, design, sequences per step, of which at a time, what is recomputed.

@@ -27,9 +27,8 @@ from crosslayer.data import Batch
 from crosslayer.environment import describe_environment
 from crosslayer.files import write_json
 from crosslayer.plan import ModelConfig
-from crosslayer.plan.cost import num_parameters
+from crosslayer.plan.cost import Recompute, num_parameters
 from crosslayer.plan.presets import parse_design, preset
-from crosslayer.plan.training_memory import Recompute
 from crosslayer.train import Recipe
 from crosslayer.train.step import TrainStep
 

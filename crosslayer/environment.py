@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from crosslayer.errors import UserError
 from crosslayer.version import __version__
 
 
@@ -29,8 +30,15 @@ def describe_environment() -> dict[str, Any]:
 
 
 def started_processes() -> int:
-    """How many processes torchrun, or another launcher, has started to work together; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun, or another launcher, has started to work together; 1 without one.
+
+    Raises:
+        UserError: WORLD_SIZE, where they say so, is no such number.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"WORLD_SIZE={count!r} in the environment is no number of processes; unset it, or use torchrun")
+    return int(count)
 
 
 def _processor() -> str:

@@ -53,9 +53,7 @@ def dry_run(config: TrainConfig, *, gpus: int, tflops: float = MEASURED_TFLOPS) 
         context=recipe.sequence_length,
     )
     flops = training_flops_per_token(model, recipe.sequence_length)
-    recomputed = 0
-    if recipe.activation_checkpointing != "none":
-        recomputed = recomputed_flops_per_token(model, recipe.sequence_length)
+    recomputed = recomputed_flops_per_token(model, recipe.sequence_length, recipe.activation_checkpointing)
     tokens = recipe.steps * recipe.tokens_per_step
     gpu_hours = tokens * (flops + recomputed) / (tflops * 1e12) / 3600
     memory = training_memory(

@@ -16,6 +16,7 @@ from crosslayer.plan.cost import BYTES_PER_ELEMENT, Cost
 from crosslayer.plan.draw import draw
 from crosslayer.plan.pipeline import pipeline_stages
 from crosslayer.plan.presets import PRESETS, parse_design, preset
+from crosslayer.plan.sharing import PASSES, PASSES_WITH_GRADIENT
 from crosslayer.plan.units import format_bytes, format_flops, parse_bytes
 
 HELP = "cache bytes, parameters, FLOPs and what fits in a memory, for one design or several"
@@ -129,7 +130,10 @@ def _report(name: str, designs: list[tuple[str, ModelConfig]], workload: dict[st
         notes.append(f"The scales that a kernel keeps next to {dtype} keys and values are not counted.")
     for design, config in designs:
         if config.plan.readers_below_owner:
-            notes.append(f"{design} has a layer that reads one above it: its FLOPs are those of one pass of nine.")
+            passes = f"{PASSES + PASSES_WITH_GRADIENT} passes, of which {PASSES_WITH_GRADIENT} have gradients"
+            notes.append(
+                f"{design} has a layer that reads one above it: from there to the owner its FLOPs are of {passes}."
+            )
     title = f"{name}: context {context} tokens, batch {batch}, {dtype} cache"
     return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *notes])
 

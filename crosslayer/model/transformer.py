@@ -22,8 +22,8 @@ from crosslayer.model.cache import CacheStep, ContiguousCache
 from crosslayer.model.loss import linear_cross_entropy
 from crosslayer.model.rope import apply_rope, rope_tables
 from crosslayer.plan import ModelConfig
+from crosslayer.plan.cost import Recompute
 from crosslayer.plan.sharing import PASSES, PASSES_WITH_GRADIENT
-from crosslayer.plan.training_memory import Recompute
 
 RopeTables = tuple[Tensor, Tensor]
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 from crosslayer.errors import UserError
 from crosslayer.plan.config import ModelConfig
+from crosslayer.plan.sharing import PASSES, PASSES_WITH_GRADIENT, SharingPlan
 
 BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}
+
+# What the backward pass recomputes instead of keeping: nothing, each layer, or each group of layers that share.
+Recompute = Literal["none", "block", "group"]
 
 
 def kv_bytes_per_token(config: ModelConfig, cache_dtype: str = "bf16", *, past_windows: bool = False) -> int:
@@ -61,9 +66,9 @@ def num_parameters(config: ModelConfig, tensor_parallel: int = 1) -> int:
     plan, hidden = config.plan, config.hidden_size
     query_width, kv_width, _ = rank_widths(config, tensor_parallel)
     projections = len(plan.key_owners) + len(plan.value_owners)  # of width kv_width
-    total = _matmul_weights(config, tensor_parallel)
-    if not config.tie_word_embeddings:
-        total += config.vocab_size * hidden // tensor_parallel  # the other matrix of that size is the lm_head
+    total = sum(layer_weights(config, layer, tensor_parallel) for layer in range(plan.num_layers))
+    embeddings = 1 if config.tie_word_embeddings else 2
+    total += embeddings * config.vocab_size * hidden // tensor_parallel
     total += hidden * (2 * plan.num_layers + 1)  # the two norms of each layer, and the last one
     total += hidden * sum(config.has_kv_norm(layer) for layer in range(plan.num_layers))
     if config.attention_bias:
@@ -75,12 +80,6 @@ def num_parameters(config: ModelConfig, tensor_parallel: int = 1) -> int:
     return total
 
 
-def _matmul_weights(config: ModelConfig, tensor_parallel: int = 1) -> int:
-    """Weights that each token is multiplied with, the lm_head included."""
-    layers = sum(layer_weights(config, layer, tensor_parallel) for layer in range(config.num_hidden_layers))
-    return layers + config.vocab_size * config.hidden_size // tensor_parallel
-
-
 def layer_weights(config: ModelConfig, layer: int, tensor_parallel: int = 1) -> int:
     """Weights of a layer's matrices, on one of `tensor_parallel` ranks."""
     query_width, kv_width, feed_forward = rank_widths(config, tensor_parallel)
@@ -88,32 +87,43 @@ def layer_weights(config: ModelConfig, layer: int, tensor_parallel: int = 1) -> 
     return config.hidden_size * (2 * query_width + projections * kv_width + 3 * feed_forward)
 
 
-def forward_flops_per_token(config: ModelConfig, context: int) -> int:
-    """FLOPs of one forward pass over `context` tokens, per token, to the nearest whole number.
+def forward_flops_per_token(config: ModelConfig, context: int, passes: int = PASSES + PASSES_WITH_GRADIENT) -> int:
+    """FLOPs of a forward pass over `context` tokens, per token, to the nearest whole number; layers that need several
+    passes run `passes` times.
 
     Two for each weight of each matrix product (the lm_head at every token), and in each layer 4 * H * D for each key
     that a token attends to: causal, so (context + 1) / 2 keys on average, fewer in a windowed layer. Norms, RoPE,
     softmax and activations are left out, as is usual. Sharing saves K/V projections here and no attention.
     """
-    attended = sum(_attended_keys(context, window) for window in config.plan.windows)
-    attention = Fraction(4 * config.num_attention_heads * config.head_dim * attended, context)
-    return round(2 * _matmul_weights(config) + attention)
+    plan = config.plan
+    layers = [*range(plan.num_layers), *[layer for loop in plan.loops for layer in loop] * (passes - 1)]
+    weights = config.vocab_size * config.hidden_size + sum(layer_weights(config, layer) for layer in layers)
+    attended = sum(_attended_keys(plan, layer, context) for layer in layers)
+    return round(2 * weights + Fraction(4 * config.num_attention_heads * config.head_dim * attended, context))
 
 
-def _attended_keys(context: int, window: int | None) -> int:
-    """Keys that the queries of a sequence attend to in one layer, added up over its `context` positions."""
-    window = context if window is None else min(window, context)
+def _attended_keys(plan: SharingPlan, layer: int, context: int) -> int:
+    """Keys that the queries of a sequence attend to in a layer, added up over its `context` positions."""
+    if layer in plan.readers_below_owner:  # to those before its own only
+        return context * (context - 1) // 2
+    window = min(plan.windows[layer] or context, context)
     return window * (window + 1) // 2 + (context - window) * window
 
 
 def training_flops_per_token(config: ModelConfig, context: int) -> int:
-    """Three forward passes' worth: the backward pass does two products for each one of the forward pass."""
-    return 3 * forward_flops_per_token(config, context)
+    """Of forward and backward pass, which does two products for each one that has gradients: three forward passes'
+    worth, unless layers need several passes, of which most have none."""
+    with_gradients = forward_flops_per_token(config, context, PASSES_WITH_GRADIENT)
+    return forward_flops_per_token(config, context) + 2 * with_gradients
 
 
-def recomputed_flops_per_token(config: ModelConfig, context: int) -> int:
-    """What activation checkpointing adds to training: the forward pass of all layers once more, without the lm_head."""
-    return forward_flops_per_token(config, context) - 2 * config.vocab_size * config.hidden_size
+def recomputed_flops_per_token(config: ModelConfig, context: int, recompute: Recompute) -> int:
+    """What activation checkpointing adds to training: the forward pass of all layers once more, without the lm_head.
+    With `recompute` group, passes without gradients are among what is repeated."""
+    if recompute == "none":
+        return 0
+    passes = PASSES_WITH_GRADIENT + (PASSES if recompute == "group" else 0)
+    return forward_flops_per_token(config, context, passes) - 2 * config.vocab_size * config.hidden_size
 
 
 def largest_batch(

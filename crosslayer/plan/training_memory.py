@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from crosslayer.errors import UserError
 from crosslayer.plan.config import ModelConfig
-from crosslayer.plan.cost import layer_weights, num_parameters, rank_widths
+from crosslayer.plan.cost import Recompute, layer_weights, num_parameters, rank_widths
 from crosslayer.plan.sharing import PASSES_WITH_GRADIENT
 
 BF16, FP32, INT64 = 2, 4, 8
 # Logits that model.loss makes at a time on a GPU, in whole tiles of so many tokens.
 LOGITS_AT_A_TIME, TILE = 2**30, 1024
-
-# What the backward pass recomputes instead of keeping: nothing, each layer, or each group of layers that share.
-Recompute = Literal["none", "block", "group"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from crosslayer.data import DataConfig, Tokenizer
 from crosslayer.errors import UserError
 from crosslayer.plan import ModelConfig, parse_design, preset
-from crosslayer.plan.training_memory import Recompute
+from crosslayer.plan.cost import Recompute
 from crosslayer.settings import from_mapping, to_mapping, unknown_key
 
 # What may differ when a run goes on: it decides where and how the same steps are computed, what is written down about

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from crosslayer.data import Batch
 from crosslayer.model import Transformer
-from crosslayer.plan.cost import training_flops_per_token
+from crosslayer.plan.cost import forward_flops_per_token
 from crosslayer.train.config import Recipe
 from crosslayer.train.graph import GraphedLoss
 from crosslayer.train.host import autocast, uses_bf16
@@ -76,7 +76,8 @@ class TrainStep:
         recipe, config = self.recipe, self.model.config
         masked = recipe.mask_documents or any(window is not None for window in config.plan.windows)
         tokens = self.micro_batch_size * recipe.sequence_length
-        flops = tokens * training_flops_per_token(config, recipe.sequence_length)
+        # Of one pass: several are more work, but as many more launches.
+        flops = 3 * tokens * forward_flops_per_token(config, recipe.sequence_length, passes=1)
         alone = self.device.type == "cuda" and self.data_group is None
         return alone and not masked and flops < GRAPH_FLOPS
 

@@ -58,6 +58,10 @@ def test_gpus_are_the_processes_unless_said(
     monkeypatch.setenv("WORLD_SIZE", "64")
     assert dry(capsys)["gpus"] == 64
     assert dry(capsys, "--gpus", "2")["gpus"] == 2
+    for wrong in ("x", "0", "-1", ""):
+        monkeypatch.setenv("WORLD_SIZE", wrong)
+        assert main(["train", CONFIG, DESIGN, "--dry-run"]) == 2
+        assert f"WORLD_SIZE={wrong!r} in the environment is no number of processes" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_is_to_be_trained_gives_the_vocabulary(

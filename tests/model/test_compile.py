@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crosslayer.model import ContiguousCache
-from crosslayer.plan.training_memory import Recompute
+from crosslayer.plan.cost import Recompute
 from tests.conftest import CACHEABLE, tiny_config
 from tests.model.checks import (
     assert_close,

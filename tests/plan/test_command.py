@@ -106,7 +106,9 @@ def test_windows_get_a_column_and_a_missing_limit_a_word(capsys: pytest.CaptureF
 
 def test_a_plan_above_its_reader_is_planned_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     run("--preset", "paper-1b", "MQA-lckv", "MQA")
-    assert "MQA-lckv has a layer that reads one above it" in capsys.readouterr().out
+    assert "MQA-lckv has a layer that reads one above it: from there to the owner its FLOPs are of 9 passes" in (
+        capsys.readouterr().out
+    )
 
 
 def test_one_design_is_drawn_and_several_when_asked(capsys: pytest.CaptureFixture[str]) -> None:

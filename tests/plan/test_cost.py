@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,15 +16,18 @@ from crosslayer.errors import UserError
 from crosslayer.model import Transformer
 from crosslayer.plan import ModelConfig, SharingPlan, parse_design, preset
 from crosslayer.plan.cost import (
+    Recompute,
     forward_flops_per_token,
     kv_bytes,
     kv_bytes_per_token,
     largest_batch,
+    layer_weights,
     longest_context,
     num_parameters,
+    recomputed_flops_per_token,
     training_flops_per_token,
 )
-from tests.conftest import CACHEABLE, tiny_config
+from tests.conftest import CACHEABLE, LOOPING, tiny_config
 from tests.plan.plans import plans
 
 VARIANTS: list[dict[str, Any]] = [
@@ -57,7 +60,7 @@ def test_parameters_are_those_of_the_same_transformers_model(kind: str) -> None:
     assert num_parameters(config) == model.num_parameters()
 
 
-@pytest.mark.parametrize("plan", CACHEABLE)
+@pytest.mark.parametrize("plan", [*CACHEABLE, *LOOPING])
 def test_flops_are_those_that_pytorch_counts_for_one_token(plan: str) -> None:
     config = tiny_config(plan, attention_bias=True, tie_word_embeddings=True)
     model = Transformer(config)
@@ -67,21 +70,49 @@ def test_flops_are_those_that_pytorch_counts_for_one_token(plan: str) -> None:
     assert forward_flops_per_token(config, 1) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("plan", LOOPING)
+def test_flops_of_training_in_several_passes(plan: str) -> None:
+    """Products with weights are those that PyTorch counts; those of attention follow from the keys that are seen."""
+    config, tokens = tiny_config(plan), 5
+    model = Transformer(config)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids).backward()
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    again = [layer for loop in config.plan.loops for layer in loop]
+    # Of the last pass but one, the backward pass needs the keys and values of the owner alone, the top layer of a run.
+    kv_width = config.num_key_value_heads * config.head_dim
+    unused = sum(layer_weights(config, loop[-1]) - 2 * config.hidden_size * kv_width for loop in config.plan.loops)
+    pairs = 0
+    for layer in range(config.num_hidden_layers):
+        seen = tokens * (tokens + (-1 if layer in config.plan.readers_below_owner else 1)) // 2
+        pairs += seen * (9 + 2 * 2 if layer in again else 3)
+    attention = 4 * config.num_attention_heads * config.head_dim * pairs
+    assert tokens * training_flops_per_token(config, tokens) == counted + 4 * tokens * unused + attention
+    once = forward_flops_per_token(config, tokens, passes=1) - 2 * config.vocab_size * config.hidden_size
+    none, block, group = (recomputed_flops_per_token(config, tokens, how) for how in get_args(Recompute))
+    assert 0 == none < once < block < group
+
+
 @given(plans(), st.integers(1, 20))
 def test_flops_of_a_sequence_count_each_key_that_a_query_attends_to(plan: SharingPlan, context: int) -> None:
     config = tiny_config(plan)
+    below = plan.readers_below_owner
+    runs = [9 if any(layer in loop for loop in plan.loops) else 1 for layer in range(plan.num_layers)]
     pairs = sum(
-        1
-        for window in plan.windows
+        runs[layer]
+        for layer, window in enumerate(plan.windows)
         for query in range(context)
-        for key in range(query + 1)
-        if window is None or query - key < window
+        for key in range(query if layer in below else query + 1)
+        if layer in below or window is None or query - key < window
     )
     one_token = forward_flops_per_token(config, 1)
     head_flops = 4 * config.num_attention_heads * config.head_dim
-    exact = one_token - head_flops * plan.num_layers + head_flops * pairs / context
+    attending = sum(runs[layer] for layer in range(plan.num_layers) if layer not in below)
+    exact = one_token - head_flops * attending + head_flops * pairs / context
     assert forward_flops_per_token(config, context) == round(exact)
-    assert training_flops_per_token(config, context) == 3 * round(exact)
+    if not plan.loops:
+        assert training_flops_per_token(config, context) == 3 * round(exact)
 
 
 @given(plans(), st.integers(1, 30), st.integers(1, 4), st.sampled_from(("fp32", "bf16", "fp8", "int8")))

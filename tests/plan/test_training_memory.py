@@ -16,10 +16,9 @@ from crosslayer.data import Batch
 from crosslayer.errors import UserError
 from crosslayer.model import Transformer, loss
 from crosslayer.plan import parse_design, preset
-from crosslayer.plan.cost import num_parameters
+from crosslayer.plan.cost import Recompute, num_parameters
 from crosslayer.plan.training_memory import (
     LOGITS_AT_A_TIME,
-    Recompute,
     activation_bytes_per_token,
     check_tensor_parallel,
     checkpoint_bytes,
