@@ -86,13 +86,16 @@ def joined_processes(recipe: Recipe) -> Iterator[Processes]:
     """Join the other processes that torchrun started, if it did; the group is dissolved after the block.
 
     Raises:
-        UserError: `tensor_parallel` does not divide the number of processes, or this one's device cannot be used.
+        UserError: `tensor_parallel` does not divide the number of processes, this one's device cannot be used, or the
+            environment does not say where the others are.
     """
     count = started_processes()
     if count == 1:
         yield single_process(recipe)
         return
     _check_tensor_parallel(recipe, count)
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE={count} without {', '.join(missing)}: start them with torchrun, or unset it")
     device = choose_device(recipe.device, int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     shape = (count // recipe.tensor_parallel, recipe.tensor_parallel)

@@ -202,6 +202,18 @@ def test_tensor_parallel_needs_processes(data: PreparedData, tmp_path: Path, mon
         pass
 
 
+def test_processes_that_nobody_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(UserError, match=r"^WORLD_SIZE=4 without MASTER_ADDR, MASTER_PORT: start them with torchrun"),
+        joined_processes(Recipe(device="cpu")),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
