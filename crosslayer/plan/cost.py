@@ -96,7 +96,7 @@ def forward_flops_per_token(config: ModelConfig, context: int, passes: int = PAS
     softmax and activations are left out, as is usual. Sharing saves K/V projections here and no attention.
     """
     plan = config.plan
-    layers = [*range(plan.num_layers), *[layer for loop in plan.loops for layer in loop] * (passes - 1)]
+    layers = plan.layers_run(passes)
     weights = config.vocab_size * config.hidden_size + sum(layer_weights(config, layer) for layer in layers)
     attended = sum(_attended_keys(plan, layer, context) for layer in layers)
     return round(2 * weights + Fraction(4 * config.num_attention_heads * config.head_dim * attended, context))

@@ -158,6 +158,10 @@ class SharingPlan:
                 joined.append(range(layer, sources[layer] + 1))
         return tuple(joined)
 
+    def layers_run(self, passes: int) -> list[int]:
+        """All layers, and those that need several passes `passes` times."""
+        return [*range(self.num_layers), *[layer for loop in self.loops for layer in loop] * (passes - 1)]
+
     @property
     def prefill_cut(self) -> int:
         """The number of lower layers that fill every slot: 1 + the last owner.

@@ -114,8 +114,8 @@ def activation_bytes_per_token(config: ModelConfig, recompute: Recompute, tensor
     plan, hidden = config.plan, config.hidden_size
     end = INT64 + (2 * FP32 + BF16) * hidden + FP32
     if recompute == "none":
-        again = [layer for loop in plan.loops for layer in loop] * (PASSES_WITH_GRADIENT - 1)
-        return end + sum(_layer_bytes(config, layer, tensor_parallel) for layer in (*range(plan.num_layers), *again))
+        layers = plan.layers_run(PASSES_WITH_GRADIENT)
+        return end + sum(_layer_bytes(config, layer, tensor_parallel) for layer in layers)
     if recompute == "group":
         return end + BF16 * hidden * len(plan.layer_groups)
     _, kv, _ = rank_widths(config, tensor_parallel)
