@@ -82,8 +82,6 @@ QUESTIONS = {
         ("H128-GQA2-yoco:window=341", "H128-MQA-CLA2-wide"),
     ],
 }
-# The questions whose pairs are set against each other in tasks and recall as well.
-SCORED = ("Half the cache", "Equal cache", "Other layouts")
 PAIR_HEADS = ("question", "design", "against")
 # Later seeds were added where these had not resolved a pair, so they must also be seen by themselves.
 FIRST_SEEDS = (0, 1, 2)
@@ -309,7 +307,7 @@ def _loss_cells(found: Difference) -> list[str]:
 
 def _scored_pairs_table(pairs: Sequence[Pair]) -> str:
     """Differences in tasks and recall of the pairs that have two seeds."""
-    scored = [pair for pair in pairs if pair.question.startswith(SCORED) and len(pair.loss.seeds) > 1]
+    scored = [pair for pair in pairs if len(pair.loss.seeds) > 1]
     if not scored:
         return ""
     heads = _heads([pair.design for pair in scored], compared_scores)
