@@ -150,7 +150,7 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, Sprea
     figure.draw_without_rendering()  # settles the layout, so that boxes can be measured
     figure.set_layout_engine("none")
     bars = [axes.transData.transform([(x, loss.low), (x, loss.high)]) for x, loss, _, _ in labels]
-    taken = [Bbox(bar).padded(12) for bar in bars]
+    taken = [Bbox(bar).padded(12) for bar in bars]  # pixels: what is this near to a point seems to be its label
 
     def cost(box: Bbox) -> float:
         covered = sum(_overlap(box, other) for other in taken)

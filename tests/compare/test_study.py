@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -470,3 +471,14 @@ def test_the_plot_shows_both_panels(place: Place, rows: list[dict[str, Any]]) ->
         "H64-MQA-CLA2-wide": "CLA2",
         "H128-GQA2-yoco:window=341": "other sharing",
     }
+
+
+def test_a_label_that_no_line_leads_to_is_nearest_to_its_own_point() -> None:
+    """In the paper's panel, which is crowded and always the same."""
+    right = draw([(768, Spread.of([3.5]), "H16-MQA")], "here").axes[1]
+    points = right.transData.transform([text.xy for text in right.texts])
+    for own, text in enumerate(right.texts):
+        box = text.get_window_extent()
+        gaps = [math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0)) for x, y in points]
+        if gaps[own] < 15:  # pixels; lines lead farther
+            assert min(gaps) == gaps[own], text.get_text()
