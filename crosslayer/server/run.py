@@ -27,6 +27,8 @@ def run(service: Service, listener: socket, drain: int, greeting: str) -> None:
     server = _Server(settings, service, drain, greeting)
     # Also what uvicorn puts back at its end, to raise the signal once more for it: so the process ends with status 0.
     signal.signal(signal.SIGTERM, server.handle_exit)
+    # A script's background jobs start with SIGINT ignored; uvicorn heeds it all the same, but the status would be 0.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Or every now and then Python would look through all of it for garbage, which takes a tenth of a second.
     gc.collect()
     gc.freeze()

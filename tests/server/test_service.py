@@ -198,6 +198,16 @@ def test_a_second_interrupt_under_load_ends_the_rest(tmp_path: Path) -> None:
         assert process.stderr.read() == "\ninterrupted\n"
 
 
+def test_an_interrupt_of_what_a_script_started_in_the_background(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells do; inherited
+    try:
+        with command(tmp_path / "tiny") as (process, _):
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_who_comes_when_all_was_dropped_is_refused() -> None:
     """Such as a long text that was being encoded when the time was over."""
     with serving() as live:
