@@ -144,19 +144,21 @@ def bytes_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, Spread, str, str]]) -> None:
-    """Write each label (x, loss, text, colour) by its mean, in the first place where it covers nothing."""
+    """Write each label (x, loss, text, colour) by its mean, in the first place where it covers nothing and the line to
+    it, if it takes one, passes by no other point."""
+    from matplotlib.path import Path
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()  # settles the layout, so that boxes can be measured
     figure.set_layout_engine("none")
-    bars = [axes.transData.transform([(x, loss.low), (x, loss.high)]) for x, loss, _, _ in labels]
-    taken = [Bbox(bar).padded(12) for bar in bars]  # pixels: what is this near to a point seems to be its label
+    bars = [Bbox(axes.transData.transform([(x, loss.low), (x, loss.high)])) for x, loss, _, _ in labels]
+    taken = [bar.padded(12) for bar in bars]  # pixels: what is this near to a point seems to be its label
 
-    def cost(box: Bbox) -> float:
+    def cost(box: Bbox, passed: int) -> float:
         covered = sum(_overlap(box, other) for other in taken)
-        return covered + box.width * box.height - _overlap(box, axes.bbox)
+        return covered + (1 + passed) * box.width * box.height - _overlap(box, axes.bbox)
 
-    for x, loss, text, colour in labels:
+    for number, (x, loss, text, colour) in enumerate(labels):
         places = [
             axes.annotate(
                 text,
@@ -171,15 +173,18 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, Sprea
             )
             for dx, dy, ha, va in PLACES
         ]
-        costs = [cost(place.get_window_extent()) for place in places]
+        (px, py), pixels = axes.transData.transform((x, loss.mean)), figure.dpi / 72
+        ends = [(px + dx * pixels, py + dy * pixels) for dx, dy, _, _ in PLACES]
+        others = [bar.padded(4) for bar in (*bars[:number], *bars[number + 1 :])]  # pixels: the radius of a point
+        passed = [sum(Path([(px, py), end]).intersects_bbox(other) for other in others) for end in ends]
+        passed[:NEAR] = [0] * NEAR  # they take no line
+        costs = [cost(place.get_window_extent(), count) for place, count in zip(places, passed, strict=True)]
         best = costs.index(min(costs))
         taken.append(places[best].get_window_extent())
         for place in places[:best] + places[best + 1 :]:
             place.remove()
         if best >= NEAR:  # a line tells whose it is
-            (dx, dy, _, _), pixels = PLACES[best], figure.dpi / 72
-            px, py = axes.transData.transform((x, loss.mean))
-            end = axes.transData.inverted().transform((px + dx * pixels, py + dy * pixels))
+            end = axes.transData.inverted().transform(ends[best])
             axes.plot([x, end[0]], [loss.mean, end[1]], color=colour, linewidth=0.6, scalex=False, scaley=False)
 
 

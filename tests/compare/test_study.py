@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -482,3 +483,27 @@ def test_a_label_that_no_line_leads_to_is_nearest_to_its_own_point() -> None:
         gaps = [math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0)) for x, y in points]
         if gaps[own] < 15:  # pixels; lines lead farther
             assert min(gaps) == gaps[own], text.get_text()
+
+
+def test_a_line_to_a_label_passes_by_no_other_point() -> None:
+    """On the left points as the study has them: DenseFront's line would lead through KeepEnds if nobody cared."""
+    points = {
+        "H32-MQA-CLA2": (768, 3.6524),
+        "H128-MQA-CLA4": (1536, 3.5262),
+        "H128-MQA-CLA2-KeepEnds": (3584, 3.5806),
+        "H128-MQA-CLA2-DenseFront": (3584, 3.5784),
+        "H64-GQA2": (6144, 3.5647),
+        "H32-GQA4": (6144, 3.5946),
+        "H128-MQA": (6144, 3.5735),
+        "H128-GQA2": (12_288, 3.5610),
+        "H128-MHA": (24_576, 3.5651),
+        "H64-MHA": (24_576, 3.5701),
+    }
+    for axes in draw([(count, Spread.of([loss]), name) for name, (count, loss) in points.items()], "here").axes:
+        lines = [line.get_xydata() for line in axes.lines if line.get_linewidth() == 0.6]
+        assert lines
+        for start, end in map(axes.transData.transform, lines):
+            along = start + np.linspace(0, 1, 101)[:, None] * (end - start)
+            for point in axes.transData.transform([text.xy for text in axes.texts]):
+                if not np.allclose(point, start):
+                    assert np.hypot(*(along - point).T).min() > 4  # pixels: about the radius of a point
